@@ -87,7 +87,7 @@ def _question(where: str, row: Fields) -> tuple[str, list[str], int]:
             f"and at most {len(ascii_uppercase)}"
         )
     if key not in options:
-        raise DataError(f"{where}: answerKey {key!r} is none of the options {', '.join(options)}")
+        raise DataError(f"{where}: answerKey {key!r} is not one of the options {', '.join(options)}")
     return stem, [text.strip() for text in options.values()], list(options).index(key)
 
 

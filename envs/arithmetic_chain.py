@@ -85,7 +85,7 @@ class ChainTask(DrawnProblems):
                 break
             if tries > 100 * HELD_OUT_SHARE * count:
                 raise ConfigError(
-                    f"there are not {count} such chains: raise num_steps={self.num_steps} or max_total={self.max_total}"
+                    f"there are fewer than {count} such chains: raise num_steps={self.num_steps} or max_total={self.max_total}"
                 )
             chain = self._draw_chain(rng)
             if (zlib.crc32(f"{self.split_seed} {chain.question}".encode()) % HELD_OUT_SHARE == 0) == held_out:

@@ -232,7 +232,7 @@ def check_instruction(where: str, name: str, arguments: Arguments) -> dict[str, 
     """The arguments that the check needs. DataError for an unknown instruction, a missing argument or one of
     another kind, or an unknown relation."""
     if name not in CHECKS:
-        raise DataError(f"{where}: the instruction {name!r} is none of {', '.join(CHECKS)}")
+        raise DataError(f"{where}: the instruction {name!r} is not one of {', '.join(CHECKS)}")
     kinds = {
         argument: kind for argument, kind in CHECKS[name].__annotations__.items() if argument not in ("text", "return")
     }
@@ -241,7 +241,7 @@ def check_instruction(where: str, name: str, arguments: Arguments) -> dict[str, 
         raise DataError(f"{where}: the instruction {name!r} needs {missing[0]!r} in its kwargs")
     relation = needed.get("relation") or needed.get("let_relation") or needed.get("capital_relation")
     if relation and relation not in COMPARISONS:
-        raise DataError(f"{where}: the relation {relation!r} is none of {', '.join(COMPARISONS)}")
+        raise DataError(f"{where}: the relation {relation!r} is not one of {', '.join(COMPARISONS)}")
     if name == LANGUAGE and not can_detect_language():
         raise DataError(
             f"{where}: the instruction {name!r} needs the package langdetect: pip install langdetect, or set "

@@ -69,7 +69,7 @@ class InterleavedBuilder(RLDatasetBuilder):
         for i, (builder, count) in enumerate(zip(self.builders, shares(self.batch_size, weights), strict=True)):
             for name, value in common.items():
                 if (given := getattr(builder, name)) not in (chz.chz_fields(builder)[name]._default, value):
-                    raise ConfigError(f"builders.{i}.{name}={given}: set {name} on the whole, where it holds for all")
+                    raise ConfigError(f"builders.{i}.{name}={given}: set env.{name} instead: it holds for all")
             dataset, test = await chz.replace(builder, **{**common, "batch_size": count})(renderer)
             train.append(dataset)
             tests += all_groups(test) if test else []

@@ -46,6 +46,6 @@ class Aime(BenchmarkBuilder):
         answer = row.get("answer")
         gold = str(answer) if isinstance(answer, int) else text_of(where, row, "answer").strip()
         if not gold.isdecimal() or int(gold) > 999:
-            raise DataError(f"{where}: the answer {gold!r} is no whole number from 0 to 999")
+            raise DataError(f"{where}: the answer {gold!r} is not a whole number from 0 to 999")
         grader = MathGrader(numbers_only=True)
         return Problem(text_of(where, row, "problem"), str(int(gold)), grader, None, ("aime",), where)

@@ -90,7 +90,7 @@ def _mmlu_pro(where: str, row: Fields, category: str, examples: Sequence[str]) -
     options, letter = list_of(where, row, "options"), text_of(where, row, "answer")
     letters = ascii_uppercase[: len(options)]
     if letter not in letters or not letter:
-        raise DataError(f"{where}: answer {letter!r} is none of {letters}")
+        raise DataError(f"{where}: answer {letter!r} is not one of {letters}")
     head = (
         f"The following are multiple choice questions (with answers) about {category}. Think step by step and then "
         'finish your answer with "the answer is (X)" where X is the correct letter choice.\n\n\n'

@@ -146,7 +146,7 @@ def as_reward(reward: Reward | RewardFunction, name: str | None = None) -> Rewar
     if isinstance(reward, Reward):
         return reward
     if not callable(reward):
-        raise ConfigError(f"{reward!r:.80} is no reward: give a function of an Answer, or a Reward")
+        raise ConfigError(f"{reward!r:.80} is not a reward: give a function of an Answer, or a Reward")
     return FunctionReward(name=name or _name(reward), function=reward)
 
 

@@ -80,7 +80,9 @@ def read_criteria(criteria: Criteria) -> tuple[Criterion, ...]:
     read = tuple(_criterion(f"{where}: criterion {i}", item) for i, item in enumerate(given, start=1))
     names = [criterion.name for criterion in read]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        raise ConfigError(f"{where}: criterion {len(names) - names[::-1].index(twice)} is called {twice!r}, as another")
+        raise ConfigError(
+            f"{where}: criterion {len(names) - names[::-1].index(twice)} is called {twice!r}, like another one: rename it"
+        )
     if not any(criterion.weight > 0 for criterion in read):
         raise ConfigError(f"{where}: no criterion has a weight above 0")
     return read

@@ -70,7 +70,7 @@ def _chunks(path: Path, max_rows: int | None) -> Iterator[list[str]]:
                     lines = []
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path} is no text file of star graphs (byte {error.start} is not ASCII); give a text file"
+            f"{path} is not a text file of star graphs (byte {error.start} is not ASCII); give a text file"
         ) from error
     except (OSError, ValueError) as error:
         raise DataError(

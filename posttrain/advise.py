@@ -108,7 +108,9 @@ class Config:
     model_name: str = chz.field(doc="a local folder or a Hugging Face hub name; config and tokenizer are read")
     task: Task = chz.field(default="sft", doc="sft, rl or dpo")
     lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of an adapter; 0 = all weights are trained")
-    learning_rate: float | None = chz.field(default=None, validator=LEARNING_RATE, doc="a rate to compare with")
+    learning_rate: float | None = chz.field(
+        default=None, validator=LEARNING_RATE, doc="a learning rate to compare with the usual one"
+    )
 
 
 def main(config: Config) -> str:

@@ -31,12 +31,14 @@ class Config:
 
     model_name: str = chz.field(doc="a preset, a local folder, or a Hugging Face hub name; only its config is read")
     lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of an adapter; 0 = all weights are trained")
-    sampled: bool = chz.field(default=True, doc="a sampler is opened beside the trainer, as in RL")
-    reference: bool = chz.field(default=False, doc="a frozen copy is opened, too, as with kl.coef")
+    sampled: bool = chz.field(
+        default=True, doc="plan for a sampler beside the trainer, as in RL; false = supervised training"
+    )
+    reference: bool = chz.field(default=False, doc="plan for a frozen reference, too, as kl.coef opens")
     free_gb: float | None = chz.field(
         default=None, validator=POSITIVE, doc="GiB to plan for; None = what this machine has free now"
     )
-    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="device, sampler, memory")
+    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how the run would train and sample")
 
 
 def main(config: Config) -> PlannedRun:

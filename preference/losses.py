@@ -45,7 +45,7 @@ class PreferenceLoss:
     beta: float = chz.field(
         default=0.1,
         validator=POSITIVE,
-        doc="strength of the pull towards the reference: rewards are beta * (s - s_ref)",
+        doc="KL strength: the implicit reward is beta * (s - s_ref); higher stays nearer to the reference",
     )
 
     def __call__(self, logprobs: PairLogprobs) -> "torch.Tensor":
@@ -67,7 +67,7 @@ class DPO(PreferenceLoss):
     """
 
     label_smoothing: float = chz.field(
-        default=0.0, validator=Range(0, 0.5, below=True), doc="e, the share of labels taken to be wrong, below 0.5"
+        default=0.0, validator=Range(0, 0.5, below=True), doc="share of labels assumed to be wrong; 0 = none"
     )
     length_normalised: bool = chz.field(
         default=False, doc="logprobs per token instead of summed (then with a beta of 2 to 10)"
@@ -92,9 +92,9 @@ class RPO(DPO):
     1)."""
 
     nll_coef: float = chz.field(
-        default=1.0, validator=NON_NEGATIVE, doc="a, the weight of the chosen answer's negative log-likelihood"
+        default=1.0, validator=NON_NEGATIVE, doc="weight of the chosen answer's negative log-likelihood"
     )
-    nll_per_token: bool = chz.field(default=False, doc="likelihood per token instead of summed")
+    nll_per_token: bool = chz.field(default=False, doc="divide that likelihood by the answer's length")
 
     def __call__(self, logprobs: PairLogprobs) -> "torch.Tensor":
         nll_P = -logprobs.policy_chosen_P / (logprobs.chosen_tokens_P if self.nll_per_token else 1)

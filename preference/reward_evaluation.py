@@ -114,7 +114,7 @@ def length_baseline(train_D: Sequence[LabeledComparison], test_D: Sequence[Label
 def _longer_is_better(labeled_D: Sequence[LabeledComparison]) -> list[float]:
     pairs = [labeled.chosen_and_rejected() for labeled in labeled_D if labeled.label != "Tie"]
     if not pairs:
-        raise DataError(f"{len(labeled_D)} comparisons and not one that is decided: nothing to measure a judge on")
+        raise DataError(f"all {len(labeled_D)} comparisons are ties: nothing to measure a judge on")
     lengths = [
         [sum(len(message["content"] or get_text_content(message)) for message in side) for side in pair]
         for pair in pairs

@@ -56,7 +56,9 @@ def _turns(fields: Fields, name: str) -> list[Message]:
         Message(role=ROLE_OF[role], content=text.strip()) for role, text in zip(rest[::2], rest[1::2], strict=True)
     ]
     if before or not spoken:
-        raise DataError(f"the field {name!r} is no transcript of 'Human:' and 'Assistant:' turns: {str(text)[:40]!r}")
+        raise DataError(
+            f"the field {name!r} is not a transcript of 'Human:' and 'Assistant:' turns: {str(text)[:40]!r}"
+        )
     return spoken
 
 

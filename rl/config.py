@@ -25,16 +25,18 @@ from supervised.evaluators import EvaluatedRunConfig
 class Config(EvaluatedRunConfig):
     """Reinforcement learning of a language model on an environment."""
 
-    env: RLDatasetBuilder = chz.field(doc="builder of the training and held-out environments")
+    env: RLDatasetBuilder = chz.field(doc="the task: training and held-out environments")
     max_tokens: int | None = chz.field(
-        default=None, validator=COUNT, doc="most tokens sampled per turn; None = what the environment recommends"
+        default=None, validator=COUNT, doc="most tokens that a turn may have; None = what the environment recommends"
     )
     temperature: float = chz.field(
         default=1.0,
         validator=SAMPLING_TEMPERATURE,
-        doc="sampling temperature of rollouts; training uses the same distribution",
+        doc="sampling temperature of rollouts; the trainer applies the same",
     )
-    limits: RolloutLimits = chz.field(default_factory=RolloutLimits, doc="limits of a rollout")
+    limits: RolloutLimits = chz.field(
+        default_factory=RolloutLimits, doc="limits of a rollout: turns, tokens, time, failures"
+    )
     max_steps_off_policy: int = chz.field(
         default=0,
         validator=WHOLE,
@@ -43,32 +45,34 @@ class Config(EvaluatedRunConfig):
     num_minibatches: int = chz.field(
         default=1,
         validator=COUNT,
-        doc="streaming: parts of a batch; training starts on a part when its groups are finished",
+        doc="streaming: parts of a batch; a part is trained on as soon as its groups are finished; 1 = the whole batch",
     )
     concurrent_rollouts: int | None = chz.field(
         default=None, validator=COUNT, doc="most rollouts in flight; None = no limit"
     )
 
     batch_reward: BatchRewardBuilder | None = chz.field(
-        default=None, doc="rewards that need a model, for a whole batch at once"
+        default=None, doc="rewards that a model computes for a whole batch at once"
     )
-    advantage: AdvantageEstimator = chz.field(default_factory=GroupMean, doc="rewards of a group to advantages")
+    advantage: AdvantageEstimator = chz.field(
+        default_factory=GroupMean, doc="how the rewards of a group become advantages"
+    )
     kl: KLPenalty = chz.field(default_factory=KLPenalty, doc="penalty against a frozen reference policy")
     length: LengthPenalty = chz.field(default_factory=LengthPenalty, doc="penalty on long answers, in the reward")
     entropy_coef: float = chz.field(
         default=0.0,
         validator=NON_NEGATIVE,
-        doc="bonus on each token's entropy: adds coef * (-logprob, less its mean) to its advantage",
+        doc="entropy bonus: adds entropy_coef * (mean logprob - logprob) to each token's advantage; 0 = none",
     )
     distill: Distillation = chz.field(
         default_factory=Distillation,
         doc="on-policy distillation: the reverse KL to a teacher is added to the advantages",
     )
     critic: CriticConfig = chz.field(
-        default_factory=CriticConfig, doc="a value model, whose advantages take the place of the group's"
+        default_factory=CriticConfig, doc="a value model whose advantages replace those of the group"
     )
     normalize_advantages: bool = chz.field(
-        default=False, doc="shift and scale token advantages to mean 0 and deviation 1 over the batch"
+        default=False, doc="shift and scale the token advantages of a batch to mean 0 and standard deviation 1"
     )
     remove_constant_reward_groups: bool = chz.field(
         default=False, doc="leave out groups whose members all got the same reward"
@@ -76,50 +80,59 @@ class Config(EvaluatedRunConfig):
     max_refills: int = chz.field(
         default=0,
         validator=WHOLE,
-        doc="dynamic sampling: a group whose members all got the same reward is replaced by another problem's, at most "
-        "this often",
+        doc="dynamic sampling: how often a group whose members all got the same reward may be replaced by a group of "
+        "another problem; 0 = never",
     )
-    train_on_truncated: bool = chz.field(default=True, doc="train on rollouts that ran into the token limit")
+    train_on_truncated: bool = chz.field(default=True, doc="also train on rollouts that were cut off at max_tokens")
     loss_fn: str | Callable[..., Any] = chz.field(
         default="importance_sampling",
-        doc="importance_sampling, reinforce, ppo, gspo, cispo, dro, or a function of your own",
+        doc="importance_sampling, reinforce, ppo, gspo, cispo, dro, or module:function of your own",
     )
     loss_fn_config: dict[str, Any] | None = chz.field(
         default=None, doc="options of the loss, e.g. loss_fn_config.beta=0.1"
     )
     loss_reduction: Reduction = chz.field(
         default="sum",
-        doc="divides each token's loss by nothing, by its rollout's tokens, by all tokens of the batch, or by "
-        "max_tokens times the rollouts of the batch",
+        doc="what a token's loss is divided by: sum = nothing; sequence_mean = the tokens of its rollout; token_mean = "
+        "the tokens of the batch; max_tokens = max_tokens times the rollouts of the batch",
     )
     mismatch: MismatchCorrection = chz.field(
-        default_factory=MismatchCorrection, doc="weights for a sampler that differs from the trained policy"
+        default_factory=MismatchCorrection,
+        doc="token weights that correct for a sampler that differs from the trained policy",
     )
     num_substeps: int = chz.field(
-        default=1, validator=COUNT, doc="optimizer steps a batch is cut into; more than 1 is slightly off-policy"
+        default=1,
+        validator=COUNT,
+        doc="optimizer steps per batch, each on a part of it; more than 1 makes the later ones slightly off-policy",
     )
     learning_rate: float = chz.field(
         default=1e-4,
         validator=LEARNING_RATE,
-        doc="the highest, after the warm-up; full training of big models wants 1e-6 to 1e-5, LoRA ten times that",
+        doc="the peak rate, after the warm-up. Usual: 1e-6 to 1e-5 for all weights of a hub model, ten times that for "
+        "LoRA; posttrain-advise suggests one",
     )
-    lr_schedule: LRSchedule = chz.field(default="constant", doc="how the learning rate falls to the last step")
+    lr_schedule: LRSchedule = chz.field(
+        default="constant", doc="how the learning rate falls from its peak to the last step"
+    )
 
-    eval_temperature: float = chz.field(default=0.0, validator=TEMPERATURE, doc="0 is greedy")
+    eval_temperature: float = chz.field(
+        default=0.0, validator=TEMPERATURE, doc="sampling temperature of evaluations; 0 = greedy"
+    )
     eval_samples: int = chz.field(
         default=0,
         validator=WHOLE,
-        doc="also sample each held-out problem this often at temperature 1, for pass@k, maj@k and best@k; 0 = no",
+        doc="also draw this many samples of each held-out problem at temperature 1, for pass@k, maj@k and best@k; "
+        "0 = none",
     )
     save_every: int = chz.field(
-        default=20, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
+        default=20, validator=WHOLE, doc="steps between checkpoints; also one at the end; 0 = only at the end"
     )
     transcript_every: int = chz.field(
         default=10,
         validator=WHOLE,
-        doc="write rollouts as HTML and JSONL every this many steps, and of every evaluation",
+        doc="steps between transcripts (rollouts as HTML and JSONL); also one of every evaluation; 0 = only those",
     )
-    num_groups_to_log: int = chz.field(default=4, validator=WHOLE, doc="groups per transcript")
+    num_groups_to_log: int = chz.field(default=4, validator=WHOLE, doc="groups shown in a transcript")
     log_path: str = log_path_field("runs/rl")
 
 
@@ -150,11 +163,11 @@ def check_config(config: Config) -> None:
         if lost := next((name for name, given in in_reward.items() if given), None):
             raise ConfigError(f"{lost} changes the reward, which advantage=no_reward does not learn from")
     if config.kl.coef and config.kl.discount and config.kl.where == "reward":
-        raise ConfigError(f"kl.discount={config.kl.discount} is of kl.where=advantage, and kl.where=reward has none")
+        raise ConfigError(f"kl.discount={config.kl.discount} needs kl.where=advantage: set that, or kl.discount=0")
     if config.critic.model and not config.learning_rate:
         raise ConfigError(
-            "learning_rate=0 with a critic, whose rate is a multiple of it: to train the critic alone give a tiny one, as "
-            "1e-12"
+            "learning_rate=0 with a critic, whose rate is a multiple of it: to train the critic alone set a tiny one, such "
+            "as 1e-12"
         )
     if config.critic.model and not isinstance(config.advantage, NoReward):
         raise ConfigError(
@@ -165,7 +178,7 @@ def check_config(config: Config) -> None:
         _check_lone_rollouts(config, other)
     if config.max_refills and config.batch_reward is not None:
         raise ConfigError(
-            f"max_refills={config.max_refills}: a batch_reward comes after the sampling that would be repeated"
+            f"max_refills={config.max_refills}: a batch_reward is computed after the sampling that would be repeated; set max_refills=0"
         )
     if config.limits.min_group_size > config.env.group_size:
         raise ConfigError(
@@ -175,7 +188,7 @@ def check_config(config: Config) -> None:
     if not loss.scales_with_advantage and (config.loss_reduction != "sum" or config.mismatch.mode != "none"):
         raise ConfigError(
             f"loss_fn={config.loss_fn} is not proportional to the advantage, so loss_reduction and mismatch do not "
-            "apply"
+            "apply: leave them out, or take another loss_fn"
         )
     if config.max_tokens:
         config.length.checked(config.max_tokens)
@@ -188,7 +201,7 @@ def _check_lone_rollouts(config: Config, other: object) -> None:
     learn from."""
     equal = "with group_size=1 all rewards of a group are equal"
     if config.max_refills:
-        raise ConfigError(f"max_refills={config.max_refills}: {equal}")
+        raise ConfigError(f"max_refills={config.max_refills}: {equal}; set max_refills=0, or group_size=2 or more")
     if config.remove_constant_reward_groups:
         raise ConfigError(f"remove_constant_reward_groups: {equal}, so no group would be trained on")
     if isinstance(config.advantage, GroupMean | GroupMeanStd) and not other:
@@ -214,8 +227,8 @@ def _check_ratios(config: Config) -> None:
     wrong += [(name, bound) for name, bound in highs.items() if bound < 1]
     for name, bound in wrong:
         raise ConfigError(
-            f"{name}={bound} cuts tokens whose probability has not changed: it bounds a ratio of probabilities, 1 at "
-            "first, and is no epsilon; an epsilon of 0.2 is 0.8 or 1.2"
+            f"{name}={bound} clips tokens whose probability has not changed: it bounds the ratio of probabilities, which "
+            "starts at 1; for an epsilon of 0.2 give 0.8 or 1.2"
         )
 
 
@@ -240,5 +253,5 @@ def _check_minibatches(config: Config) -> None:
     }
     if part := next((name for name, needs_batch in parts.items() if needs_batch), None):
         raise ConfigError(
-            f"{part} needs the whole batch before the first pass: it does not go with num_minibatches={minibatches}"
+            f"{part} needs the whole batch before the first pass: set num_minibatches=1 instead of {minibatches}"
         )

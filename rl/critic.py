@@ -49,16 +49,22 @@ class CriticConfig:
         "None = no critic",
     )
     learning_rate: float = chz.field(
-        default=1e-3, validator=LEARNING_RATE, doc="of the critic's own optimizer; falls as the policy's does"
+        default=1e-3,
+        validator=LEARNING_RATE,
+        doc="peak rate of the critic's own optimizer; it follows the policy's schedule",
     )
-    discount: float = chz.field(default=1.0, validator=SHARE, doc="gamma, per sampled token")
+    discount: float = chz.field(
+        default=1.0, validator=SHARE, doc="gamma: discount of the reward per sampled token; 1 = none"
+    )
     gae_lambda: float = chz.field(
-        default=0.95, validator=SHARE, doc="1: the return less the value; 0: one-step differences of values"
+        default=0.95,
+        validator=SHARE,
+        doc="lambda of GAE: 1 = return minus value (less bias), 0 = one-step differences (less variance)",
     )
     clip: float = chz.field(
         default=0.2,
         validator=NON_NEGATIVE,
-        doc="how far a value may move in a step before its loss is cut; 0 = no limit",
+        doc="PPO's value clipping: the loss ignores a move of a value beyond this in one step; 0 = no clipping",
     )
 
     def check(self, tokenizer: Tokenizer) -> None:

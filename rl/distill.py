@@ -33,21 +33,22 @@ POLICY = "policy"
 class Distillation:
     teacher: str | None = chz.field(
         default=None,
-        doc="the teacher: a checkpoint or a model with the policy's vocabulary, several by comma (their logprobs are "
+        doc="the teacher: a checkpoint or a model with the policy's vocabulary; several with commas (their logprobs are "
         f"averaged), or {POLICY}: the trained policy itself; None = none",
     )
     teachers: dict[str, str] | None = chz.field(
-        default=None, doc="teachers of single data sets, by tag: distill.teachers.gsm8k=PATH; `teacher` has the rest"
+        default=None,
+        doc="teachers of single data sets, by tag: distill.teachers.gsm8k=PATH; distill.teacher is for all others",
     )
     coef: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="weight of the reverse KL in the advantage")
     discount: float = chz.field(
         default=0.0,
         validator=SHARE,
-        doc="a token also pays for later ones of its rollout, this much less per sampled token",
+        doc="discount per token of the KL of later tokens of the rollout; 0 = own KL only",
     )
     centre: bool = chz.field(
         default=True,
-        doc="without a discount: subtract the mean of d over the minibatch: the same expected gradient, with less noise",
+        doc="subtract the mean KL of the minibatch: same expected gradient, less noise; not with a discount",
     )
     context: str | None = chz.field(
         default=None,
@@ -67,7 +68,9 @@ class Distillation:
                 if path != POLICY:
                     check_vocabulary(f"{option}={path}", path, tokenizer)
                 elif not self.context:
-                    raise ConfigError(f"{option}={POLICY} needs distill.context: a policy is no teacher of itself")
+                    raise ConfigError(
+                        f"{option}={POLICY} needs distill.context: without it the teacher is the policy itself"
+                    )
 
 
 @runtime_checkable
@@ -122,7 +125,7 @@ class Teachers:
                 return tag
         raise ConfigError(
             f"no teacher for a group with the tags {group.tags}: distill.teachers has {', '.join(known)}; "
-            "distill.teacher would have the rest"
+            "set distill.teacher for all others"
         )
 
 

@@ -126,9 +126,7 @@ def _started(
         return result
     if isinstance(result, Awaitable):
         return _awaited(result)
-    raise MalformedStep(
-        f"{type(owner).__name__}.{method} returned {result!r:.100} and is no `async def`: it cannot be awaited"
-    )
+    raise MalformedStep(f"{type(owner).__name__}.{method} returned {result!r:.100} without being an `async def`")
 
 
 async def _awaited(result: Awaitable[Any]) -> Any:

@@ -64,12 +64,12 @@ class Config:
     )
     env: RLDatasetBuilder = chz.field(default_factory=by_name(ENVS["arithmetic"]), doc="the environment or benchmark")
     num_problems: int | None = chz.field(default=None, validator=COUNT, doc="the first problems; None = all")
-    num_samples: int = chz.field(default=1, validator=COUNT, doc="samples of each problem")
+    num_samples: int = chz.field(default=1, validator=COUNT, doc="samples per problem")
     ks: tuple[int, ...] | None = chz.field(
         default=None, validator=COUNT, doc="k of pass@k, maj@k and best@k; None = the powers of two up to num_samples"
     )
     temperature: float | None = chz.field(
-        default=None, validator=TEMPERATURE, doc="None = 0, greedy, for one sample, and 1 for several"
+        default=None, validator=TEMPERATURE, doc="sampling temperature; None = 0 (greedy) for one sample, 1 for several"
     )
     max_tokens: int | None = chz.field(
         default=None, validator=COUNT, doc="most tokens sampled per turn; None = what the environment recommends"
@@ -80,7 +80,7 @@ class Config:
     limits: RolloutLimits = chz.field(default_factory=RolloutLimits, doc="limits of a rollout")
     concurrent_rollouts: int = chz.field(default=1024, validator=COUNT, doc="most groups of rollouts in flight")
     seed: int = chz.field(default=0, validator=SEED, doc="seed of sampling, and of a preset's weights")
-    num_transcripts: int = chz.field(default=50, validator=WHOLE, doc="problems on a page of transcripts")
+    num_transcripts: int = chz.field(default=50, validator=WHOLE, doc="problems shown on a page of transcripts")
     log_path: str = log_path_field("runs/eval", doc="the folder of samples and results")
     backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine samples")
 
@@ -151,8 +151,8 @@ def _labels(models: Sequence[ModelSource]) -> list[str]:
     labels = [model.label for model in models]
     if twice := [label for label in labels if labels.count(label) > 1]:
         raise ConfigError(
-            f"two of the models are called {twice[0]}, by their last folder: name a copy or a link otherwise, or give "
-            "each its own log_path"
+            f"two models have the label {twice[0]}, their last folder: link or copy one under another name, or evaluate "
+            "them with separate log_path"
         )
     return labels
 
@@ -170,7 +170,7 @@ async def _evaluate(config: Config, model: ModelSource, label: str) -> Evaluated
     missing = [(p, s) for s in range(config.num_samples) for p in range(len(builders_P)) if (p, s) not in saved]
     if missing:
         if saved:
-            print(f"{label}: {len(saved)} samples are there, {len(missing)} to go", flush=True)
+            print(f"{label}: {len(saved)} samples exist, {len(missing)} are left to draw", flush=True)
         from posttrain.backend.service_client import ServiceClient  # with torch, for which --help does not wait
 
         with ServiceClient(config.backend) as service:

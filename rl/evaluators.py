@@ -110,9 +110,9 @@ class EnvEvaluator(EvaluatorBuilder):
     env: RLDatasetBuilder = chz.field(doc="the environment or benchmark")
     name: str = chz.field(default="eval", doc="the metrics are NAME/env/all/correct, and so on")
     num_problems: int | None = chz.field(default=None, validator=COUNT, doc="the first problems; None = all")
-    num_samples: int = chz.field(default=1, validator=COUNT, doc="samples of each problem")
+    num_samples: int = chz.field(default=1, validator=COUNT, doc="samples per problem")
     temperature: float | None = chz.field(
-        default=None, validator=TEMPERATURE, doc="None = 0, greedy, for one sample, and 1 for several"
+        default=None, validator=TEMPERATURE, doc="sampling temperature; None = 0 (greedy) for one sample, 1 for several"
     )
     max_tokens: int | None = chz.field(
         default=None, validator=COUNT, doc="most tokens sampled per turn; None = what the environment recommends"

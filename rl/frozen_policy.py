@@ -70,9 +70,11 @@ class FrozenPolicy:
         doc="role_colon, chat_template or plain; None = that of the run at model_path, else the model's own",
     )
     max_tokens: int = chz.field(default=64, validator=COUNT, doc="most tokens of a reply")
-    temperature: float = chz.field(default=0.0, validator=TEMPERATURE, doc="0 is greedy")
+    temperature: float = chz.field(default=0.0, validator=TEMPERATURE, doc="sampling temperature; 0 = greedy")
     seed: int = chz.field(default=0, validator=SEED, doc="seed of its sampling, and of a preset's weights")
-    backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="its engine, which takes memory of its own")
+    backend: BackendConfig = chz.field(
+        default_factory=BackendConfig, doc="how this machine samples from it; its engine needs memory of its own"
+    )
 
     @chz.validate
     def _one_model(self) -> None:

@@ -31,15 +31,15 @@ if TYPE_CHECKING:  # commands answer before torch is imported
 @chz.chz
 class KLPenalty:
     coef: float = chz.field(
-        default=0.0, validator=NON_NEGATIVE, doc="weight of the penalty; 0 = none, and no reference is loaded"
+        default=0.0, validator=NON_NEGATIVE, doc="weight of the penalty; 0 = no penalty, and no reference is loaded"
     )
     where: Literal["advantage", "reward"] = chz.field(
-        default="advantage", doc="penalty on token advantages or the reward"
+        default="advantage", doc="subtract the penalty from each token's advantage, or its sum from the reward"
     )
     discount: float = chz.field(
         default=0.0,
         validator=SHARE,
-        doc="where=advantage: a token also pays for later ones of its rollout, this much less per sampled token",
+        doc="for kl.where=advantage: discount per token of the penalties of later tokens of the rollout; 0 = own penalty only",
     )
     reference_path: str | None = chz.field(
         default=None,

@@ -21,16 +21,16 @@ from rl.types import Metrics, Trajectory, TrajectoryGroup
 class LengthPenalty:
     kind: Literal["none", "overlong", "kimi"] = chz.field(
         default="none",
-        doc="overlong: DAPO's, of answers near the limit; kimi: Kimi k1.5's, relative to the group",
+        doc="none; overlong: DAPO's penalty near the limit; kimi: Kimi k1.5's, relative to the lengths in the group",
     )
-    coef: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="weight in the reward")
+    coef: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="weight of the penalty in the reward")
     limit: int | None = chz.field(
-        default=None, validator=COUNT, doc="overlong: tokens at which the penalty is 1; None = max_tokens"
+        default=None, validator=COUNT, doc="overlong: answer length in tokens with the full penalty; None = max_tokens"
     )
     buffer: int | None = chz.field(
         default=None,
         validator=COUNT,
-        doc="overlong: tokens before the limit where it begins; None = a fifth of the limit",
+        doc="overlong: tokens before the limit at which the penalty begins; None = a fifth of the limit",
     )
 
     def checked(self, max_tokens: int) -> "LengthPenalty":

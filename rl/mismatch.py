@@ -26,10 +26,13 @@ if TYPE_CHECKING:  # commands answer before torch is imported
 @chz.chz
 class MismatchCorrection:
     mode: Literal["none", "truncate", "mask"] = chz.field(
-        default="none", doc="truncate or mask weights out of range; see mismatch.py"
+        default="none",
+        doc="weigh each token by trainer / sampler probability: truncate = at most high; mask = 0 outside low..high",
     )
-    low: float = chz.field(default=0.5, validator=NON_NEGATIVE, doc="mask: smallest weight that is kept")
-    high: float = chz.field(default=2.0, validator=NON_NEGATIVE, doc="largest weight")
+    low: float = chz.field(default=0.5, validator=NON_NEGATIVE, doc="mask: the smallest weight that is kept")
+    high: float = chz.field(
+        default=2.0, validator=NON_NEGATIVE, doc="the largest weight: truncate cuts to it, mask drops what is above"
+    )
 
 
 async def corrected(

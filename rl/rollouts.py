@@ -53,31 +53,42 @@ NO_LIMIT = 2**31
 class RolloutLimits:
     """Limits of an episode, retries and lost members."""
 
-    max_turns: int | None = chz.field(default=None, validator=COUNT, doc="ends the episode after this many turns")
+    max_turns: int | None = chz.field(
+        default=None, validator=COUNT, doc="end the episode after this many turns; None = no limit"
+    )
     max_trajectory_tokens: int | None = chz.field(
-        default=None, validator=COUNT, doc="ends it when prompt and turns together reach this"
+        default=None,
+        validator=COUNT,
+        doc="end it when prompt and turns together have this many tokens; None = the model's context",
     )
     max_sampled_tokens: int | None = chz.field(
-        default=None, validator=COUNT, doc="ends it when the sampled tokens of all its turns reach this"
+        default=None,
+        validator=COUNT,
+        doc="end it when this many tokens have been sampled in all its turns; None = no limit",
     )
     rollout_seconds: float | None = chz.field(
-        default=None, validator=POSITIVE, doc="ends it after the turn in which this time is reached"
+        default=None,
+        validator=POSITIVE,
+        doc="end it after the turn in which this many seconds have passed; None = no limit",
     )
     env_seconds: float = chz.field(
-        default=300.0, validator=POSITIVE, doc="one call of an environment that takes longer is a failure"
+        default=300.0,
+        validator=POSITIVE,
+        doc="seconds that one call of the environment may take; more is a failed rollout",
     )
     sampling_seconds: float = chz.field(
-        default=1800.0, validator=POSITIVE, doc="one sampled turn that takes longer is a failure"
+        default=1800.0, validator=POSITIVE, doc="seconds that one sampled turn may take; more is a failed rollout"
     )
     max_retries: int = chz.field(
-        default=1, validator=WHOLE, doc="times a failed rollout is tried again, before it leaves its group"
+        default=1, validator=WHOLE, doc="how often a failed rollout is tried again before it leaves its group"
     )
-    min_group_size: int = chz.field(default=1, validator=COUNT, doc="a group with fewer members left is not trained on")
+    min_group_size: int = chz.field(
+        default=1, validator=COUNT, doc="train on a group only if at least this many members are left"
+    )
     max_failed_fraction: float = chz.field(
         default=0.5,
         validator=SHARE,
-        doc="a step that loses a larger part of its rollouts stops the run with the first error: the fault is not "
-        "chance",
+        doc="stop the run, with the first error, if a larger share of a step's rollouts fails: the cause is not chance",
     )
 
 

@@ -122,7 +122,7 @@ def _metrics(metrics: object) -> Metrics:
         raise MalformedStep(f"the metrics are {metrics!r:.100}, not a dict of numbers")
     plain = {plain_text(name): _number(value, f"metric {name!r:.100}") for name, value in metrics.items()}
     if taken := [name for name in plain if is_reserved(name)]:
-        raise MalformedStep(f"a metric is called {taken[0]!r:.100}, as one of the run's own: give it another name")
+        raise MalformedStep(f"a metric is called {taken[0]!r:.100}, like one of the run's own: give it another name")
     return plain
 
 
@@ -145,7 +145,7 @@ def _prompt(observation: object, name: str) -> ModelInput:
     try:
         tokens = array("q", observation.to_ints()).tolist()
     except (TypeError, OverflowError, AttributeError) as error:
-        raise MalformedStep(f"{name} holds something that is no token id: {error}") from error
+        raise MalformedStep(f"{name} holds something that is not a token id: {error}") from error
     if not tokens:
         raise MalformedStep(f"{name} is empty")
     return ModelInput([EncodedTextChunk(tokens)])
@@ -167,7 +167,7 @@ def _stop(item: object) -> Any:
             return str(item)
     elif isinstance(item, int | np.integer) and not isinstance(item, bool) and 0 <= int(item) < 2**31:
         return int(item)
-    raise MalformedStep(f"the stop condition holds {item!r:.100}, which is no token id and no text")
+    raise MalformedStep(f"the stop condition holds {item!r:.100}, which is neither a token id nor a text")
 
 
 # --- of a group's builder -----------------------------------------------------------------------
@@ -206,7 +206,7 @@ def environments(builder: EnvGroupBuilder, result: object) -> list[Env]:
     if not envs_G:
         raise MalformedStep(f"{name} returned no environment")
     if bad := [env for env in envs_G if not isinstance(env, Env)]:
-        raise MalformedStep(f"{name} returned {bad[0]!r:.100}, which is no Env")
+        raise MalformedStep(f"{name} returned {bad[0]!r:.100}, which is not an Env")
     for env in {type(env): env for env in envs_G}.values():
         check_step(env)
     if len({id(env) for env in envs_G}) < len(envs_G):
@@ -250,11 +250,11 @@ async def datasets(builder: RLDatasetBuilder, renderer: Renderer) -> tuple[RLDat
     """Those that the builder returns."""
     name, result = type(builder).__name__, builder(renderer)
     if not inspect.isawaitable(result):
-        raise DataError(f"{name}.__call__ is no `async def`: it cannot be awaited")
+        raise DataError(f"{name}.__call__ must be an `async def`")
     train, test = train_and_test(builder, await result)
     for dataset in (train, *(() if test is None else (test,))):
         if not isinstance(dataset, RLDataset):
-            raise DataError(f"{name} returned {dataset!r:.100}, which is no RLDataset")
+            raise DataError(f"{name} returned {dataset!r:.100}, which is not an RLDataset")
     return train, test
 
 
@@ -274,7 +274,7 @@ def batch(dataset: RLDataset, index: int) -> list[EnvGroupBuilder]:
     if not builders_P:
         raise DataError(f"{name} returned no group: there is nothing to train on")
     if bad := [builder for builder in builders_P if not isinstance(builder, EnvGroupBuilder)]:
-        raise DataError(f"{name} returned {bad[0]!r:.100}, which is no EnvGroupBuilder")
+        raise DataError(f"{name} returned {bad[0]!r:.100}, which is not an EnvGroupBuilder")
     return builders_P
 
 
@@ -286,7 +286,7 @@ def short_batches(builder: RLDatasetBuilder, dataset: RLDataset) -> str | None:
     available = len(batch(dataset, 0))
     if available >= wanted:
         return None
-    return f"env.batch_size={wanted} is more than the {available:,} problems there are: each batch is all of them"
+    return f"env.batch_size={wanted} is more than the {available:,} problems: every batch holds all of them"
 
 
 def without_signal(

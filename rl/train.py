@@ -73,8 +73,8 @@ async def main(config: Config) -> Metrics:
     folder = open_run_folder(config.log_path, config.behavior_if_log_dir_exists, config)
     if config.model_name in PRESETS and not config.load_checkpoint_path and not folder.resumed:
         print(
-            f"{config.model_name} begins with random weights: warm-start it with supervised/train_cli.py and "
-            "load_checkpoint_path"
+            f"{config.model_name} has random weights: train it with supervised/train_cli.py first, and give the "
+            "checkpoint as load_checkpoint_path"
         )
     with ServiceClient(config.backend, folder.checkpoints) as service, recording(Timeline(service.spans)) as timeline:
         learner = await open_learner(config, service, folder, renderer)

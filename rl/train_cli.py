@@ -28,7 +28,7 @@ class CLIConfig(Config):
     """Reinforcement learning of a language model on an environment."""
 
     env: RLDatasetBuilder = chz.field(
-        default_factory=by_name(ENVS["arithmetic"]), doc="builder of the training and held-out environments"
+        default_factory=by_name(ENVS["arithmetic"]), doc="the task: training and held-out environments"
     )
     algorithm: str | None = chz.field(
         default=None, doc="sets several options at once, see below; None = importance_sampling"

@@ -12,10 +12,10 @@ from supervised.types import SupervisedDatasetBuilder
 class Config(EvaluatedRunConfig):
     """Supervised fine-tuning of a language model on a dataset."""
 
-    dataset: SupervisedDatasetBuilder = chz.field(doc="builder of the training and held-out data")
+    dataset: SupervisedDatasetBuilder = chz.field(doc="the training data and the held-out data")
     stop_at_nll: float | None = chz.field(
         default=None,
         validator=NON_NEGATIVE,
-        doc="end once a batch's train_mean_nll, a mean over tokens, is below this (with a constant lr_schedule)",
+        doc="end when train_mean_nll of a batch (nats per token) is below this; meant for lr_schedule=constant",
     )
     log_path: str = log_path_field("runs/sft")

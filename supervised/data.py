@@ -335,7 +335,7 @@ class MixtureBuilder(SupervisedDatasetBuilder):
         for name, value in common.items():
             if getattr(builder, name) not in (getattr(default, name), value):
                 raise ConfigError(
-                    f"builders.{i}.{name}={getattr(builder, name)}: set {name} on the mixture, where it holds for all"
+                    f"builders.{i}.{name}={getattr(builder, name)}: set {name} on the mixture: it holds for all"
                 )
         datasets = chz.replace(builder, **{**common, "batch_size": 1})(renderer)
         train, test = ([d for b in range(len(ds)) for d in ds.get_batch(b)] if ds else [] for ds in datasets)

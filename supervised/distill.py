@@ -42,9 +42,11 @@ LEAST_REST = 1e-6  # a student's probability outside the K tokens, below which t
 class Config(EvaluatedRunConfig):
     """Distillation of a teacher's most likely tokens."""
 
-    dataset: SupervisedDatasetBuilder = chz.field(doc="builder of the training and held-out data")
+    dataset: SupervisedDatasetBuilder = chz.field(doc="the training data and the held-out data")
     teacher: str = chz.field(doc="a checkpoint or a model with the student's vocabulary")
-    top_k: int = chz.field(default=8, validator=COUNT, doc="targets per token: the teacher's most likely ones")
+    top_k: int = chz.field(
+        default=8, validator=COUNT, doc="how many of the teacher's most likely tokens are targets at each position"
+    )
     rest: bool = chz.field(
         default=True,
         doc="one more class for all other tokens; False: the K probabilities are divided by their sum, which teaches "

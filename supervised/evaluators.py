@@ -89,13 +89,16 @@ class EvaluatedRunConfig(LanguageModelRunConfig):
     """A run of a language model that samples, with evaluators of the user's choice."""
 
     evaluators: list[EvaluatorBuilder] = chz.field(
-        default_factory=list, doc="further evaluators, each time the run evaluates: evaluators.0=env, and so on"
+        default_factory=list, doc="further evaluators, run every eval_every steps: evaluators.0=env, and so on"
     )
     infrequent_evaluators: list[EvaluatorBuilder] = chz.field(
-        default_factory=list, doc="expensive evaluators: infrequent_evaluators.0=env, and so on"
+        default_factory=list,
+        doc="expensive evaluators, run every infrequent_eval_every steps: infrequent_evaluators.0=env",
     )
     infrequent_eval_every: int = chz.field(
-        default=100, validator=WHOLE, doc="these run before every this many steps, and at the end; 0 = never"
+        default=100,
+        validator=WHOLE,
+        doc="steps between runs of infrequent_evaluators; also at the start and the end; 0 = never",
     )
 
     async def build_evaluators(self, renderer: Renderer) -> RunEvaluators:
@@ -118,5 +121,5 @@ async def _built(option: str, builders: Sequence[EvaluatorBuilder], renderer: Re
 
 async def _awaited(option: str, result: Any) -> Any:
     if not inspect.isawaitable(result):
-        raise ConfigError(f"{option} returned {result!r:.100} and is no `async def`: it cannot be awaited")
+        raise ConfigError(f"{option} returned {result!r:.100} without being an `async def`")
     return await result

@@ -51,7 +51,7 @@ def sharegpt(fields: Fields) -> list[Message]:
     `role` and `content` are read, too."""
     turns = fields["conversations"]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise DataError("the field 'conversations' is no list of objects")
+        raise DataError("the field 'conversations' is not a list of objects")
     renamed = [
         {key: value for key, value in turn.items() if key not in ("from", "value")}
         | {"role": SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}

@@ -45,7 +45,7 @@ def read_rows(path: str | os.PathLike[str], most: int | None = None) -> list[Row
                 fields = parse_json(line, where, "repair or delete that line")
                 if not isinstance(fields, dict):
                     raise DataError(
-                        f"{where}: a {type(fields).__name__}, where an object with fields is needed, one in a line"
+                        f"{where}: a {type(fields).__name__}, where an object with fields is needed, one per line"
                     )
                 rows.append((where, fields))
                 if len(rows) == most:

@@ -27,7 +27,7 @@ class CLIConfig(Config):
     """Supervised fine-tuning of a language model on a dataset."""
 
     dataset: SupervisedDatasetBuilder = chz.field(
-        default_factory=by_name(DATASETS["arithmetic"]), doc="builder of the training and held-out data"
+        default_factory=by_name(DATASETS["arithmetic"]), doc="the training data and the held-out data"
     )
     batch_size: int | None = chz.field(
         default=None, validator=COUNT, doc="short for dataset.batch_size: examples per step"

@@ -40,8 +40,12 @@ class SupervisedDatasetBuilder:
     max_length: int | None = chz.field(
         default=None, validator=COUNT, doc="most tokens per example; None = the model's context"
     )
-    train_on_what: TrainOnWhat = chz.field(default=TrainOnWhat.ALL_ASSISTANT_MESSAGES, doc="which tokens carry loss")
-    reduction: str = chz.field(default="mean", doc="'mean': each example weighs the same; 'sum': each token does")
+    train_on_what: TrainOnWhat = chz.field(
+        default=TrainOnWhat.ALL_ASSISTANT_MESSAGES, doc="which messages are trained on"
+    )
+    reduction: str = chz.field(
+        default="mean", doc="mean = every example has the same weight in the loss; sum = every token has"
+    )
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the shuffle and of the train/test split")
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:

@@ -160,9 +160,9 @@ def test_exports_overwrite_nothing(folders: dict[str, Path], tmp_path: Path) -> 
     (tmp_path / "there").mkdir()
     with pytest.raises(ConfigError, match="there exists already: choose another folder for out"):
         exported(folders, "full", tmp_path / "there")
-    with pytest.raises(ConfigError, match="model=tiny is no folder"):
+    with pytest.raises(ConfigError, match="model=tiny is not a folder"):
         export.main(export.Config(model="tiny", out=str(tmp_path / "new")))
-    with pytest.raises(ConfigError, match="push_to=a//b is no name of a repository"):
+    with pytest.raises(ConfigError, match="push_to=a//b is not a repository name"):
         exported(folders, "full", tmp_path / "new", push_to="a//b")
     assert not (tmp_path / "new").exists()
 
@@ -190,7 +190,7 @@ def test_clean_keeps_the_last_the_best_and_what_others_begin_with(
         "000001 (best test/env/all/correct 0.9000)" in output and f"000002 ({tmp_path / 'b'} begins with it)" in output
     )
     assert checkpoint_names(tmp_path / "b") == ["000001", "000002"], "the best is 000001, the last 000002"
-    with pytest.raises(ConfigError, match="no metric 'test/nll' was logged; there is test/env/all/correct"):
+    with pytest.raises(ConfigError, match="no metric 'test/nll' was logged; it has test/env/all/correct"):
         runs.main(["clean", str(tmp_path), "metric=test/nll", "delete=true"])
 
 
@@ -239,8 +239,8 @@ def test_list_show_and_compare(tmp_path: Path, capsys: pytest.CaptureFixture) ->
     for arguments, message in (
         (["compare", str(tmp_path), "metrics=nothing/*"], "no metric nothing/"),
         (["list", str(tmp_path / "none")], "no run folder"),
-        (["lost"], "unknown command 'lost'; there is list, show, compare, clean"),
-        (["list", "metric=x"], "list has no option 'metric'; there is none"),
+        (["lost"], "unknown command 'lost'; known: list, show, compare, clean"),
+        (["list", "metric=x"], "list has no option 'metric'; it has none"),
         (["clean", str(tmp_path), "delete=yes"], "delete=yes must be true or false"),
     ):
         with pytest.raises(ConfigError, match=message):

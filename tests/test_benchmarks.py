@@ -145,7 +145,7 @@ def test_math_benchmarks_compare_expressions(tmp_path: Path) -> None:
     texts, numbers = Aime(path=write(tmp_path / "aime.jsonl", AIME, AIME | {"answer": 33})).read("test", None)
     assert graded(texts, "\\boxed{203}").correct and graded(numbers, "\\boxed{033}").correct
     assert graded(texts, "\\boxed{x}").answer is None
-    with pytest.raises(DataError, match=r"aime.jsonl:1: the answer '1000' is no whole number from 0 to 999"):
+    with pytest.raises(DataError, match=r"aime.jsonl:1: the answer '1000' is not a whole number from 0 to 999"):
         Aime(path=write(tmp_path / "aime.jsonl", AIME | {"answer": "1000"})).read("test", None)
 
 
@@ -239,7 +239,7 @@ def test_ifeval_counts_prompts_and_instructions(tmp_path: Path) -> None:
     assert half.logs["followed"] == "punctuation:no_comma: no\nkeywords:existence: yes"
     assert graded(problem, "Sure, rain:\nThe rain falls.").metrics["prompt_loose"] == 1
     for change, message in (
-        ({"instruction_id_list": ["punctuation:no_dash", "a"]}, "'punctuation:no_dash' is none of keywords:existence"),
+        ({"instruction_id_list": ["punctuation:no_dash", "a"]}, "'punctuation:no_dash' is not one of keywords:existence"),
         ({"kwargs": [{}, {}]}, "'keywords:existence' needs 'keywords' in its kwargs"),
         ({"kwargs": [{}]}, "2 instructions and 1 kwargs"),
         ({"instruction_id_list": ["language:response_language"], "kwargs": [{"language": "de"}]}, "without_language=true"),

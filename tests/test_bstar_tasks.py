@@ -151,7 +151,7 @@ def test_human_solutions_longer_than_the_models_are_left_out_and_counted(tmp_pat
 
 def test_bad_rows_are_named(tmp_path):
     write(tmp_path, [ARC[0] | {"answerKey": "D"}, ARC[1]])
-    with pytest.raises(DataError, match=r"train.jsonl:1: answerKey 'D' is none of the options 1, 2, 3"):
+    with pytest.raises(DataError, match=r"train.jsonl:1: answerKey 'D' is not one of the options 1, 2, 3"):
         build(ArcBuilder(data_dir=str(tmp_path), num_dev=1))
     write(tmp_path, [{"question": "How many?", "answer": "Twelve."}, GSM8K[1]])
     with pytest.raises(DataError, match=r"train.jsonl:1: no hash answer"):

@@ -42,7 +42,7 @@ def test_what_is_no_datum_and_no_prompt_is_named(torch_service: ServiceClient) -
         (datum(PROMPT), "not a list of Datum"),
         (None, "the data are None"),
         ([datum(PROMPT), datum([1, 2])], r"datum 1: model_input is \[1, 2\], not a ModelInput"),
-        ([datum(PROMPT), datum(ModelInput.from_ints([1.5, 2]))], "datum 1: .* no whole numbers"),  # type: ignore[list-item]
+        ([datum(PROMPT), datum(ModelInput.from_ints([1.5, 2]))], "datum 1: .* not whole numbers"),  # type: ignore[list-item]
     ]:
         with pytest.raises(DataError, match=message):
             client.forward(data, "cross_entropy").result()  # type: ignore[arg-type]
@@ -81,8 +81,8 @@ def test_a_supervised_builder_that_returns_no_data_sets_is_named(tmp_path: Path)
         asyncio.run(sft.main(config))
     for builder, message in [
         (OddExamples(returns=good), "OddExamples returned <.*>, not a training set and a held-out set"),
-        (OddExamples(returns=([datum(PROMPT)], None)), "no data set: it has no get_batch"),
-        (OddExamples(returns=(good, "test")), "OddExamples returned 'test', which is no data set"),
+        (OddExamples(returns=([datum(PROMPT)], None)), "not a data set: it has no get_batch"),
+        (OddExamples(returns=(good, "test")), "OddExamples returned 'test', which is not a data set"),
         (AsyncExamples(), "AsyncExamples.__call__ is an `async def`"),
     ]:
         with pytest.raises(DataError, match=message):
@@ -127,7 +127,7 @@ class SyncTasks(RLDatasetBuilder):
 
 
 def test_a_builder_of_environments_that_is_not_async_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="SyncTasks.__call__ is no `async def`"):
+    with pytest.raises(DataError, match="SyncTasks.__call__ must be an `async def`"):
         asyncio.run(rl.main(rl.Config(env=SyncTasks(), model_name="micro", log_path=str(tmp_path / "run"))))
 
 
@@ -139,14 +139,14 @@ class SyncEvaluator(EvaluatorBuilder):
 
 def test_an_evaluator_that_is_not_async_or_gives_no_numbers_is_named(tmp_path: Path) -> None:
     config = sft.Config(dataset=OddExamples(), model_name="micro", evaluators=[SyncEvaluator()])
-    with pytest.raises(ConfigError, match="evaluators.0 returned None and is no `async def`"):
+    with pytest.raises(ConfigError, match="evaluators.0 returned None without being an `async def`"):
         asyncio.run(config.build_evaluators(config.renderer()))
 
     async def gives(metrics: Any) -> Any:
         return metrics
 
     for evaluator, message in [
-        (lambda _: {"a": 1.0}, "evaluators.0 returned {'a': 1.0} and is no `async def`"),
+        (lambda _: {"a": 1.0}, "evaluators.0 returned {'a': 1.0} without being an `async def`"),
         (lambda _: gives(None), "evaluators.0 returned None, not a dict of metrics"),
         (lambda _: gives({"a": 1.0, "b": "c"}), "evaluators.0 returned the metric b='c': not a number"),
     ]:

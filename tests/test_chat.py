@@ -95,7 +95,9 @@ def test_a_full_context_leaves_the_conversation_as_it_was(
     path = tmp_path / "talk.jsonl"
     talk(monkeypatch, f"Hi\n{'x' * 600}\n/save {path}\n/nonsense\n/quit\nHi\n", model_name="micro")
     shown = capsys.readouterr().out
-    assert "tokens and the context 512" in shown and "/reset begins anew]" in shown and "no command /nonsense" in shown
+    assert (
+        "tokens, and the context of 512" in shown and "/reset begins anew]" in shown and "no command /nonsense" in shown
+    )
     assert len(json.loads(path.read_text())["messages"]) == 2 and shown.count("[cut off") == 1
 
 

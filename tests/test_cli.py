@@ -159,4 +159,10 @@ def test_a_run_that_diverges_saves_nothing_and_leaves_the_data(script: str, opti
 def test_help_is_readable() -> None:
     output = succeeds(RL, "--help")
     assert "env.num_digits" in output and "gsm8k" in output and "group_size" in output
+    often, seldom = (
+        ("\n  model_name ", "\n  learning_rate ", "\n  log_path "),
+        ("\n  warmup_steps ", "\n  env.num_digits"),
+    )
+    assert max(map(output.index, often)) < min(map(output.index, seldom))
+    assert output.index("\nenv=") < output.index("\nbackend=")
     assert max(map(len, output.splitlines())) < 260

@@ -186,7 +186,7 @@ def test_a_killed_evaluation_goes_on_and_equals_the_uninterrupted_one(tmp_path: 
     file.write_text(file.read_text() + '{"problem": 1, "sam')  # torn by the kill
     result = commands.run(*command, f"log_path={tmp_path / 'killed'}")
     assert result.returncode == 0, result.stderr
-    assert "samples are there" in result.stdout and "pass@4" in result.stdout
+    assert "samples exist" in result.stdout and "pass@4" in result.stdout
     asyncio.run(evaluate.main(config(tmp_path / "whole")))
     whole = records(tmp_path / "whole/micro/samples.jsonl")
     assert actions(records(file)) == actions(whole) and len(whole) == 24
@@ -231,7 +231,7 @@ def test_bad_input_is_one_line(tmp_path: Path) -> None:
     refused(ConfigError, r"were made with temperature=1.0 \(now 0.5\): delete that folder", temperature=0.5)
     refused(ConfigError, "ks=8 is more than num_samples=4", ks=(1, 8))
     refused(ConfigError, "same sample every time", temperature=0.0)
-    refused(ConfigError, "two of the models are called micro", models=("micro", "micro"))
+    refused(ConfigError, "two models have the label micro", models=("micro", "micro"))
     refused(ConfigError, "there is no model folder", models=("./nothing",))
     (tmp_path / "empty").mkdir()
     refused(CheckpointError, "not a checkpoint", models=(str(tmp_path / "empty"),))

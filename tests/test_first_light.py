@@ -30,7 +30,7 @@ def test_an_aim_is_reached_missed_or_not_measured() -> None:
 
 
 def test_the_page_has_the_aims_and_the_blocks() -> None:
-    page = (first_light.ROOT / "docs" / "gpu.md").read_text()
+    page = (first_light.ROOT / "benchmarks" / "gpu" / "README.md").read_text()
     for aim in AIMS:
         assert f"| {aim.what} | {aim.bound()} | `{aim.block}` | {aim.key} |" in page
     assert [name for name in first_light.SECONDS if f"`{name}`" not in page] == []

@@ -385,7 +385,7 @@ def test_a_builder_without_datasets_is_named(built: Any, tmp_path: Path) -> None
     [
         (lambda: None, "returned None"),
         (list, "returned no group"),
-        (lambda: [HostileGroup], "no EnvGroupBuilder"),
+        (lambda: [HostileGroup], "not an EnvGroupBuilder"),
         (lambda: [][0], r"raised IndexError: .*test_hostile_environments.py:\d+"),
     ],
 )
@@ -404,7 +404,7 @@ def test_a_dataset_without_groups_is_named_before_anything_is_sampled(
     settings = train.Config(
         env=Builder(), max_tokens=3, log_path=str(tmp_path / "run"), backend=BackendConfig(engine="torch")
     )
-    with pytest.raises(DataError, match=rf"OddDataset.get_batch\(0\) {message}|no EnvGroupBuilder"):
+    with pytest.raises(DataError, match=rf"OddDataset.get_batch\(0\) {message}|not an EnvGroupBuilder"):
         asyncio.run(train.main(settings))
 
 

@@ -242,7 +242,7 @@ def test_an_answer_with_logprobs_may_fill_the_context(client: openai.OpenAI, mod
 
 
 BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
-    ({"model": "gpt-4"}, 404, "model", "there is no model 'gpt-4' here; there is tiny"),
+    ({"model": "gpt-4"}, 404, "model", "there is no model 'gpt-4' here; this server has tiny"),
     ({"model": None}, 400, "model", "model is missing"),
     ({"messages": []}, 400, "messages", "at least one"),
     ({"messages": "hi"}, 400, "messages", "must be a list"),
@@ -254,7 +254,7 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"temperature": 3}, 400, "temperature", "from 0 to 2"),
     ({"top_p": 0}, 400, "top_p", "from 1e-06 to 1"),
     ({"max_tokens": True}, 400, "max_tokens", "a whole number"),
-    ({"max_tokens": 10**6}, 400, "prompt", "the context 512"),
+    ({"max_tokens": 10**6}, 400, "prompt", "the context has 512"),
     ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "prompt", "tokens"),
     ({"stop": [""]}, 400, "stop", "none of them empty"),
     ({"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
@@ -270,7 +270,7 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"tools": [ADD], "parallel_tool_calls": False}, 400, "parallel_tool_calls", "not offered"),
     ({"messages": [{"role": "user", "content": 5}]}, 400, "messages", "{'role': 'user', 'content': 5}"),
     ({"temprature": 1}, 400, "temprature", "did you mean 'temperature'?"),
-    ({"stream": True, "max_tokens": 10**6}, 400, "prompt", "the context 512"),
+    ({"stream": True, "max_tokens": 10**6}, 400, "prompt", "the context has 512"),
 ]
 
 

@@ -147,7 +147,7 @@ def test_a_reward_that_raises_is_a_failed_rollout_and_says_which(renderer):
         ([length, length], "two rewards are called length"),
         ([lambda answer: 1.0], "give it a name"),
         ([weighted(length, 1.0, "total")], "called total"),
-        (["correct"], "'correct' is no reward"),
+        (["correct"], "'correct' is not a reward"),
     ],
 )
 def test_a_malformed_list_of_rewards_is_a_clear_error(rewards, message):
@@ -178,7 +178,7 @@ def test_a_rubric_by_hand(renderer):
         ([{"name": "a", "text": "x", "weight": "2"}], r"criterion 1 \(a\): weight='2' must be a number"),
         ([{"name": "a", "text": "x", "weight": math.nan}], r"criterion 1 \(a\): weight=nan must be a finite number"),
         ([{"name": "a", "text": "x", "weight": 0}], r"criterion 1 \(a\): weight=0"),
-        ([{"name": "a", "text": "x"}] * 2, "criterion 2 is called 'a', as another"),
+        ([{"name": "a", "text": "x"}] * 2, "criterion 2 is called 'a', like another one"),
         ([{"name": "a", "text": "x", "weight": -1}], "no criterion has a weight above 0"),
         (["be polite"], "criterion 1 is 'be polite': an object with name"),
         (3, "neither a list of criteria"),

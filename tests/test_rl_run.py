@@ -270,7 +270,7 @@ def test_fewer_problems_than_a_batch_are_trained_on_and_said() -> None:
     assert short_batches(whole, LowTokenDataset(whole)) is None and short_batches(few, Few(few)) is None
     assert (
         short_batches(whole, Few(whole))
-        == "env.batch_size=4 is more than the 3 problems there are: each batch is all of them"
+        == "env.batch_size=4 is more than the 3 problems: every batch holds all of them"
     )
 
 

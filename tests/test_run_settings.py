@@ -98,7 +98,7 @@ def test_a_resume_with_other_settings_names_them(
     monkeypatch.setattr("builtins.input", pytest.fail)
     # and back again
     assert open_run_folder(tmp_path / "run", "resume_changed", RunConfig()).resumed
-    assert "goes on with other settings than before" in capsys.readouterr().out
+    assert "continues with changed settings" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changed", FREE, ids=[" ".join(one) for one in FREE])
@@ -261,14 +261,15 @@ def test_a_finished_run_that_is_resumed_says_so_and_changes_nothing(eval_every: 
     assert again == metrics
     printed = capsys.readouterr().out
     assert (
-        "has ended at step 3 already: there is nothing to train" in printed
+        "has finished at step 3: there is nothing to train" in printed
         and "train_mean_nll" in printed
         and "more in" in printed
     )
     # the end is no end any more
     longer = asyncio.run(train.main(chz.replace(config, num_epochs=2)))
     assert (
-        "by lr_schedule=linear to step 6 its learning rate goes from 3.33e-05 up to 6.67e-05" in capsys.readouterr().out
+        "with lr_schedule=linear to step 6 its learning rate rises again, from 3.33e-05 to 6.67e-05"
+        in capsys.readouterr().out
     )
     assert [record["step"] for record in read_metrics(tmp_path)] == list(
         range(6 + bool(eval_every))

@@ -140,9 +140,7 @@ def test_fewer_examples_than_a_batch_are_trained_on_and_said(capsys):
     assert capsys.readouterr().out == ""
     dataset = ListDataset(numbered(50), 128)
     assert len(dataset) == 1 and numbers(dataset.get_batch(0)) == numbers(whole.get_batch(0))
-    assert (
-        capsys.readouterr().out == "batch_size=128 is more than the 50 examples there are: each batch is all of them\n"
-    )
+    assert capsys.readouterr().out == "batch_size=128 is more than the 50 examples: every batch holds all of them\n"
 
 
 def test_a_huggingface_set_that_cannot_be_built_is_one_line(tmp_path):

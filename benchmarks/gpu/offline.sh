@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # First light on a machine that is lent for minutes, has torch and no network, and takes 64 MiB with
-# each command (docs/gpu.md).
+# each command (README.md).
 #
 #   offline.sh pack BUNDLE     here: what bundle_vllm.sh wrote to BUNDLE0 .. BUNDLE4, as .light/1 .. .light/3
 #   offline.sh N [SECONDS]     there, with .light/N: keeps the part. 1 runs the blocks without vLLM,

@@ -53,7 +53,7 @@ def _check_alike(path: Path, temporary: Path) -> None:
     if folders := [name for name in foreign if (path / name).is_dir()]:
         raise FileExistsError(errno.EEXIST, f"it holds {folders[0]}, which would be deleted; choose another name")
     if foreign and len(foreign) == len(there):
-        raise FileExistsError(errno.EEXIST, f"it holds {foreign[0]}, and is no checkpoint; choose another name")
+        raise FileExistsError(errno.EEXIST, f"it holds {foreign[0]}, so it is not a checkpoint; choose another name")
 
 
 def recover_folder(path: Path) -> None:

@@ -86,7 +86,9 @@ class Cluster:
                 self._group, placement_group_bundle_index=bundle
             )
         elif self._gpus and (free := self._ray.available_resources().get("GPU", 0)) < gpus:
-            raise ConfigError(f"one process more needs {gpus} GPUs, and {free:g} of this cluster are free")
+            raise ConfigError(
+                f"another process needs {gpus} GPUs, and the cluster has {free:g} free: end what uses the others"
+            )
         options["runtime_env"] = {"env_vars": self._environment() | env}
         return self._ray.remote(actor).options(**options).remote(*args)
 
@@ -239,7 +241,7 @@ def answers(references: Sequence[Any], what: str, seconds: float) -> list[Any]:
             return [future.result() for future in futures]
         if left <= SAY_AFTER_SECONDS:
             raise EngineError(f"{what} did not answer within {seconds:g} seconds")
-        print(f"waiting for {what} since {time.monotonic() - began:.0f} s", flush=True)
+        print(f"still waiting for {what} after {time.monotonic() - began:.0f} s", flush=True)
 
 
 def node_report(tokens: dict[str, str]) -> dict[str, Any]:

@@ -27,18 +27,20 @@ class BackendConfig:
         default=None, validator=COUNT, doc="context in tokens, prompt and answer; None = the model's own, at most 4096"
     )
     micro_batch_tokens: int = chz.field(
-        default=16384, validator=COUNT, doc="padded tokens per forward pass; changes memory and speed, never a gradient"
+        default=16384,
+        validator=COUNT,
+        doc="padded tokens per forward pass; lower it if memory runs out: changes memory and speed, never a gradient",
     )
     attention: Literal["auto", "dense", "flex", "varlen"] = chz.field(
         default="auto",
-        doc="of rows that hold several sequences: dense = a mask of all pairs; flex = packed rows by FlexAttention; "
-        "varlen = packed rows of whole sequences by flash attention; auto = dense on a CPU, and on a GPU flex where a "
-        "prefix is shared, else varlen",
+        doc="how rows of several sequences are computed: dense = a mask of all pairs; flex = FlexAttention on packed "
+        "rows; varlen = flash attention on packed whole sequences; auto = dense on a CPU, on a GPU flex where a prefix "
+        "is shared, else varlen",
     )
     shared_row_tokens: int | None = chz.field(
         default=None,
         validator=COUNT,
-        doc="longest row of sequences that share prefixes; None = 1024 with a dense mask, else 16384 or "
+        doc="most tokens of a row in which sequences share prefixes; None = 1024 with a dense mask, else 16384 or "
         "micro_batch_tokens",
     )
     gradient_checkpointing: bool = chz.field(
@@ -46,16 +48,15 @@ class BackendConfig:
     )
     reproducible: bool | None = chz.field(
         default=None,
-        doc="same seed, same tokens; None = on a CPU yes (bit for bit), on a GPU no: there vLLM draws seeded requests "
-        "one by one, and "
-        "kernels round alike only as far as VLLM_BATCH_INVARIANT=1, which is then set, reaches",
+        doc="same seed, same tokens; None = true on a CPU (bit for bit), false on a GPU, where true sets "
+        "VLLM_BATCH_INVARIANT=1, holds as far as that does, and samples slower",
     )
     max_num_seqs: int = chz.field(default=256, validator=COUNT, doc="sequences the sampler decodes at once")
     sampler_memory_gb: float | None = chz.field(
         default=None,
         validator=POSITIVE,
         doc="KV cache of each vLLM engine, in GiB; None = 1 on a CPU, and on a GPU what max_num_seqs full sequences "
-        "need, within the share",
+        "need, at most gpu_memory_utilization",
     )
     gpu_memory_utilization: float = chz.field(
         default=0.4,
@@ -64,25 +65,25 @@ class BackendConfig:
     )
     sleep_while_training: bool = chz.field(
         default=False,
-        doc="give the GPU memory of the vLLM engine to the passes: meanwhile its weights are in the CPU's memory, and "
-        "its KV cache is dropped",
+        doc="free the vLLM engine's GPU memory during training passes: its weights move to the CPU's memory, its KV "
+        "cache is dropped",
     )
     snapshot_memory_gb: float | None = chz.field(
         default=None,
         validator=POSITIVE,
-        doc="CPU memory for the weights of sampling clients that the live policy has left, in GiB; "
-        "None = a quarter of the machine's",
+        doc="CPU memory in GiB for the weights of sampling clients that keep an older version; None = a quarter of "
+        "the machine's memory",
     )
     share_engines: bool = chz.field(
         default=False,
-        doc="one sampling engine for all weights of one model, which take turns in it: less memory, and slower where "
+        doc="one sampling engine for all policies of one architecture, which take turns in it: less memory, slower if "
         "several are sampled from at once",
     )
     lora: Literal["merged", "unmerged", "shared"] = chz.field(
         default="merged",
-        doc="how LoRA adapters are computed, in sampler and passes: merged = added to the base's weights, and rounded "
-        "with them to bfloat16; unmerged = beside the base, which stays as it is: a sync moves the adapter alone, and "
-        "vLLM samples slower; shared = unmerged, and passes read the sampler's base: it is in memory once",
+        doc="how LoRA adapters are computed, in sampler and trainer: merged = added to the base's weights and rounded "
+        "with them to bfloat16; unmerged = beside the base: a sync moves the adapter alone, but vLLM samples slower; "
+        "shared = unmerged, with one copy of the base in memory for both",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
         default="auto",
@@ -90,8 +91,8 @@ class BackendConfig:
     )
     param_dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
         default="auto",
-        doc="weights that passes read; auto = dtype. bfloat16 weights are copies of float32 ones, which the optimizer "
-        "steps (master_weights)",
+        doc="the trainer's weights in a pass; auto = dtype. bfloat16 weights are copies of float32 weights that the "
+        "optimizer steps (master_weights)",
     )
     master_weights: bool = chz.field(
         default=True,
@@ -99,26 +100,29 @@ class BackendConfig:
         "less per trained weight",
     )
     moments: Literal["float32", "8bit"] = chz.field(
-        default="float32", doc="AdamW's moments: 8 bytes per trained weight, or 2 with 8bit"
+        default="float32", doc="precision of AdamW's moments: float32 takes 8 bytes per trained weight, 8bit 2"
     )
     compile: bool = chz.field(
         default=False,
-        doc="compile decoder layers and the element-wise work of the logprobs; rows are padded to multiples of 256",
+        doc="compile decoder layers and the element-wise work of the logprobs, for a GPU: the first steps take a minute "
+        "longer; rows are padded to multiples of 256 tokens",
     )
     offload_optimizer: bool = chz.field(
-        default=False, doc="keep moments and float32 copies in the CPU's memory, and step there"
+        default=False, doc="keep moments and float32 copies in the CPU's memory, and run AdamW there"
     )
     enforce_eager: bool | None = chz.field(
         default=None,
-        doc="no compilation in vLLM; None = eager on a CPU (compiling needs g++), compiled with CUDA graphs on a GPU",
+        doc="true = vLLM without compilation; None = true on a CPU (compiling needs g++), false on a GPU: CUDA graphs",
     )
     alarm: AlarmAction = chz.field(
         default="stop",
-        doc="action when sampler and trainer, or a batch and its sequences alone, differ by more than rounding "
-        "explains",
+        doc="what to do when logprobs of sampler and trainer, or of a batch and its sequences alone, differ by more "
+        "than rounding explains: stop the run, or warn",
     )
     trainer_processes: int = chz.field(
-        default=1, validator=COUNT, doc="processes that train, a GPU each; 1 = this process, more are started by Ray"
+        default=1,
+        validator=COUNT,
+        doc="training processes (ranks), each with a GPU; 1 = this process, more are started by Ray",
     )
     trainer_sharding: Literal["shard", "replicate"] = chz.field(
         default="shard",
@@ -130,34 +134,37 @@ class BackendConfig:
     )
     replicas_share_gpu: bool = chz.field(
         default=False,
-        doc="the replicas are on the trainer's GPU: where Python bounds the decoding of one engine, several beside each "
-        "other decode more; each has weights and a KV cache of its own",
+        doc="put all replicas on the trainer's GPU: faster for small models, where Python limits one engine; each has "
+        "its own weights and KV cache",
     )
     tensor_parallel: int = chz.field(
         default=1, validator=COUNT, doc="GPUs of each replica; must divide the attention heads and fit a node"
     )
     cluster: str | None = chz.field(
-        default=None, doc="address of a running Ray cluster, or auto; None = Ray is started here if it is needed"
+        default=None,
+        doc="HOST:PORT of a running Ray cluster, or auto to find one; None = start Ray here if it is needed",
     )
     weight_sync: Literal["auto", "files", "nccl", "ipc"] = chz.field(
-        default="auto", doc="how new weights reach the replicas; auto = files, in shared memory or sync_dir"
+        default="auto",
+        doc="how new weights reach the replicas; auto = files, in shared memory or sync_dir; nccl and ipc are refused",
     )
     sync_dir: str | None = chz.field(
         default=None, doc="folder for weight_sync=files that all nodes see; None = this node's shared memory"
     )
     sampler_restarts: int = chz.field(
-        default=3, validator=WHOLE, doc="replicas that are replaced when they die, before the run ends with EngineError"
+        default=3, validator=WHOLE, doc="how many dead replicas are replaced before the run ends with EngineError"
     )
     trainer_restarts: int = chz.field(
         default=0,
         validator=WHOLE,
-        doc="times that a run whose training processes died is opened again from its last checkpoint, before it ends "
-        "with TrainerLostError",
+        doc="how often a run whose training processes died is continued from its last checkpoint before it ends with "
+        "TrainerLostError",
     )
     call_seconds: float = chz.field(
         default=600.0,
         validator=POSITIVE,
-        doc="a replica with requests that decodes no step for so long is killed; also the limit for starting a process",
+        doc="seconds after which a replica that has requests but decodes nothing is killed, and that a process may take "
+        "to start",
     )
 
 

@@ -93,7 +93,7 @@ def check_data(
             raise NonFiniteError(f"datum {first + d}: {key} is not finite", [first + d])
     inputs_D = [np.array(datum.model_input.to_ints()) for datum in data_D]
     if floats := [d for d, tokens_T in enumerate(inputs_D, start=first) if tokens_T.dtype.kind not in "iu"]:
-        raise DataError(f"datum {floats[0]}: model_input has tokens that are no whole numbers")
+        raise DataError(f"datum {floats[0]}: model_input has tokens that are not whole numbers")
     for tokens_D in ([datum.loss_fn_inputs["target_tokens"].array for datum in data_D], inputs_D):
         if (d := _first(tokens_D, lambda array: (array < 0) | (array >= vocabulary))) is not None:
             raise DataError(

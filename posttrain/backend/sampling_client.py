@@ -182,8 +182,8 @@ class SamplingClient(Ready):
             raise DataError("the prompt is empty: there is nothing to sample from")
         if len(tokens) >= self.max_length:
             raise ContextLengthError(
-                f"the prompt has {len(tokens)} tokens and the context {self.max_length} (backend.max_length): none "
-                "fits after it"
+                f"the prompt has {len(tokens)} tokens, and the context of {self.max_length} (backend.max_length) has no "
+                "room for an answer"
             )
         if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
             raise DataError(

@@ -34,7 +34,7 @@ def get_renderer(name: str | None, tokenizer: Tokenizer) -> Renderer:
     name, _, written = NO_THINKING.get(name, name).partition(":")
     if name not in RENDERERS:
         near = difflib.get_close_matches(name, RENDERERS, n=1, cutoff=0)[0]
-        raise ConfigError(f"no renderer is called {name!r}; did you mean {near!r}? There are {', '.join(RENDERERS)}")
+        raise ConfigError(f"no renderer is called {name!r}; did you mean {near!r}? Known: {', '.join(RENDERERS)}")
     if written and name != "chat_template":
         raise ConfigError(f"renderer_name={name}:{written}: only chat_template has options")
     options = (_template_options(written, tokenizer),) if written else ()

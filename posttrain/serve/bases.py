@@ -31,7 +31,7 @@ def open_bases(names: Sequence[str], max_length: int | None) -> dict[str, BaseMo
     for text in names:
         name, _, local = text.partition("=")
         if not NAME.fullmatch(name):
-            raise ConfigError(f"--model {text}: {name!r} is no public name; write --model NAME={name}")
+            raise ConfigError(f"--model {text}: {name!r} is not a public name; write --model NAME={name}")
         if name in bases:
             raise ConfigError(f"--model {text}: {name} is given twice")
         bases[name] = _open(name, local or name, max_length)

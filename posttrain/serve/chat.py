@@ -51,8 +51,12 @@ class Config:
     )
     system: str | None = chz.field(default=None, doc="system message")
     max_tokens: int = chz.field(default=512, validator=COUNT, doc="most tokens of an answer")
-    temperature: float = chz.field(default=0.7, validator=TEMPERATURE, doc="0 is greedy")
-    top_p: float = chz.field(default=1.0, validator=POSITIVE_SHARE, doc="sample among the tokens with this probability")
+    temperature: float = chz.field(default=0.7, validator=TEMPERATURE, doc="sampling temperature; 0 = greedy")
+    top_p: float = chz.field(
+        default=1.0,
+        validator=POSITIVE_SHARE,
+        doc="sample among the most likely tokens that together have this probability; 1 = all",
+    )
     seed: int | None = chz.field(
         default=None, validator=SEED, doc="makes answers repeatable; None = new ones each time"
     )

@@ -32,7 +32,7 @@ class ServeConfig:
         "commas, or as several --model"
     )
     host: str = chz.field(default="127.0.0.1", doc="address to listen at; others than loopback need an API key")
-    port: int = chz.field(default=8000, validator=PORT, doc="0 takes a free one")
+    port: int = chz.field(default=8000, validator=PORT, doc="port to listen at; 0 = any free one")
     api_key: str | None = chz.field(
         default=None,
         doc="clients must show it as TINKER_API_KEY; it begins with tml-, or the SDK refuses it. None = TINKER_API_KEY "
@@ -50,11 +50,14 @@ class ServeConfig:
         "stable_reinforce=importance_sampling",
     )
     renderer: str | None = chz.field(
-        default=None, doc="for messages of OpenAI clients; None = the model's chat template, role_colon without one"
+        default=None,
+        doc="renderer of messages from OpenAI clients; None = the model's chat template, or role_colon if it has none",
     )
-    seed: int = chz.field(default=0, validator=SEED, doc="makes the weights of presets, for trainer and samplers alike")
+    seed: int = chz.field(default=0, validator=SEED, doc="seed of the weights of presets")
     session_minutes: float = chz.field(
-        default=10.0, validator=POSITIVE, doc="a session without a heartbeat ends after these; its models are freed"
+        default=10.0,
+        validator=POSITIVE,
+        doc="minutes without a heartbeat after which a session ends and its models are freed",
     )
     backend: BackendConfig = chz.field(
         default_factory=lambda: BackendConfig(share_engines=True),

@@ -80,7 +80,7 @@ class Answer:
         if room < (options.max_tokens or 1):
             raise ContextLengthError(
                 f"the prompt has {len(prompt)} tokens, max_tokens is {options.max_tokens or 'not given'}, and the "
-                f"context {self.model.max_length}"
+                f"context has {self.model.max_length}: they do not fit"
             )
         # the backend's seeds are not negative
         seed = None if options.seed is None else options.seed % 2**63

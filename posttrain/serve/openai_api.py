@@ -146,9 +146,9 @@ def _card(name: str) -> dict[str, Any]:
 
 async def _open(models: Models, name: str, request: Request) -> Served:
     if not name:
-        raise Refusal(f"model is missing; there is {', '.join(models.names()) or 'none'}", "model")
+        raise Refusal(f"model is missing; this server has {', '.join(models.names()) or 'none'}", "model")
     if (model := await models.open(name, request)) is None:
-        text = f"there is no model {name!r:.100} here; there is {', '.join(models.names()) or 'none'}"
+        text = f"there is no model {name!r:.100} here; this server has {', '.join(models.names()) or 'none'}"
         raise Refusal(text, "model", 404, "model_not_found")
     return model
 

@@ -51,7 +51,7 @@ class Sampler:
         """Around a request. SnapshotMemoryError if the weights are gone."""
         if self.let_go:
             raise SnapshotMemoryError(
-                f"sampler {self.id} has given its weights up: it was sampled from longest ago, and snapshots had no "
+                f"the weights of sampler {self.id} were dropped: it was the least recently used, and snapshots had no "
                 "more room (backend.snapshot_memory_gb); save weights that are needed later under a name"
             )
         self.sampling, self.last_used = self.sampling + 1, time.monotonic()

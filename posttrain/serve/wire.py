@@ -184,7 +184,7 @@ def read_targets(fields: Mapping[str, Any]) -> Targets:
         crow, columns = (np.array(fields[f"sparse_{key}_indices"], np.int64) for key in ("crow", "col"))
         dense = _dense(values, crow, columns, shape, name, fill=-1)
     except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise DataError(f"{name} is no tensor of whole numbers: {error}") from error
+        raise DataError(f"{name} is not a tensor of whole numbers: {error}") from error
     return Targets(TensorData(dense, "int64"), (crow, columns))
 
 

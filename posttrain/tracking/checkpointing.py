@@ -68,7 +68,7 @@ class Checkpointer:
         past_the_end = num_steps is not None and step > num_steps
         self.nothing_left = past_the_end or (self.finished and (may_end_early or step == num_steps))
         if self.nothing_left:
-            print(f"{self._run.path} has ended at step {step} already: there is nothing to train")
+            print(f"{self._run.path} has finished at step {step}: there is nothing to train")
             return step
         size = self._client.checkpoint_bytes()
         check_disk_space(self._run.path, size, self._save_every, self._keep, existing=len(records))

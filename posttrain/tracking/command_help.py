@@ -16,6 +16,33 @@ from posttrain.backend.ranges import Range
 
 Row = tuple[str, str, str, str]  # option, type, value it would have, doc
 
+# Of a training run, the options that most runs set come first, in this order; then the others, as they are declared.
+OFTEN_SET = (
+    "model_name",
+    "env",
+    "dataset",
+    "method",
+    "algorithm",
+    "load_checkpoint_path",
+    "learning_rate",
+    "lr_schedule",
+    "lora_rank",
+    "batch_size",
+    "groups_per_batch",
+    "group_size",
+    "num_epochs",
+    "max_steps",
+    "max_tokens",
+    "temperature",
+    "renderer_name",
+    "eval_every",
+    "save_every",
+    "seed",
+    "log_path",
+    "behavior_if_log_dir_exists",
+)
+WIDEST = (34, 26, 24)  # columns; a longer cell pushes the next one along
+
 
 def help_text(
     title: str, parameters: Mapping[str, Any], values: Mapping[str, Any], names: Mapping[str, Mapping[str, str]]
@@ -27,15 +54,28 @@ def help_text(
         *(path for path in parameters if path in names or any(other.startswith(f"{path}.") for other in parameters)),
     ]
     rows: dict[str, list[Row]] = {parent: [] for parent in objects}
-    for path, parameter in parameters.items():
-        if path not in objects:
+    often = [name for name in OFTEN_SET if name in parameters and "save_every" in parameters]
+    for path in [*often, *(path for path in parameters if path not in often)]:
+        parameter = parameters[path]
+        if path in objects and path in often:
+            kind = "NAME | module:Class" if path in names else "module:Class"
+            doc = f"{parameter.doc}; see {path}= below"
+            rows[""].append((path, kind, _value_text(path, values, parameter), doc))
+        elif path not in objects:
             number, bar, rest = type_text(parameter.type).partition(" |")
             kind = f"{number}{_range_text(path, values)}{bar}{rest}"
             row = (path, kind, _value_text(path, values, parameter), parameter.doc)
             rows[path.rpartition(".")[0]].append(row)
-    widths = [min(38, max(len(row[column]) for part in rows.values() for row in part)) for column in range(3)]
+    widths = [
+        min(widest, max(len(row[column]) for part in rows.values() for row in part))
+        for column, widest in enumerate(WIDEST)
+    ]
     lines = [title, "", "Options are written key=value. Name, type, value if not given:", ""]
-    for parent in objects:
+    if often:
+        lines += [*(line for row in rows[""][: len(often)] for line in _row_lines(row, widths)), ""]
+        del rows[""][: len(often)]
+    # the task and its data before the many options of the machine
+    for parent in sorted(objects, key=lambda path: path.partition(".")[0] == "backend"):
         if parent:
             lines += [
                 "",

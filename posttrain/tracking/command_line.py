@@ -113,7 +113,7 @@ def run_on_folders(main: Callable[..., object], **options: str) -> None:
         return
     with one_line_errors():
         if unknown := sorted(given.keys() - options):
-            raise ConfigError(f"unknown option {unknown[0]!r}; there is {', '.join(options) or 'none'}")
+            raise ConfigError(f"unknown option {unknown[0]!r}; known: {', '.join(options) or 'none'}")
         print(main([Path(folder) for folder in folders], **options | given))
 
 

@@ -47,7 +47,7 @@ class ListDataset(DrawnDataset[T]):
             raise DataError(f"batch_size={batch_size} and {len(items):,} {noun}: a batch needs at least one")
         if shuffle and batch_size > length:
             print(
-                f"batch_size={batch_size} is more than the {length:,} {noun} there are: each batch is all of them",
+                f"batch_size={batch_size} is more than the {length:,} {noun}: every batch holds all of them",
                 flush=True,
             )
         self.batch_size = min(batch_size, length)
@@ -82,5 +82,5 @@ def train_and_test(builder: object, result: object, *methods: str) -> tuple[Any,
     for dataset in (train, *(() if test is None else (test,))):
         for method in methods:
             if not callable(getattr(dataset, method, None)):
-                raise DataError(f"{name} returned {dataset!r:.100}, which is no data set: it has no {method}")
+                raise DataError(f"{name} returned {dataset!r:.100}, which is not a data set: it has no {method}")
     return train, test

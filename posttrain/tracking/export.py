@@ -47,10 +47,14 @@ class Config:
     out: str = chz.field(doc="the new folder; it must not exist")
     merge: bool = chz.field(default=True, doc="merge an adapter into its base model; false = the adapter alone")
     dtype: Literal["keep", "float32", "bfloat16", "float16"] = chz.field(
-        default="keep", doc="of the weights; keep = as saved (a merged adapter: float32)"
+        default="keep", doc="dtype of the exported weights; keep = as saved (float32 for a merged adapter)"
     )
-    seed: int = chz.field(default=0, validator=SEED, doc="of a preset's weights, where an adapter does not say it")
-    evaluation: str | None = chz.field(default=None, doc="folder of posttrain-eval, whose figures the card shows too")
+    seed: int = chz.field(
+        default=0, validator=SEED, doc="seed of a preset's weights, for an adapter that does not record it"
+    )
+    evaluation: str | None = chz.field(
+        default=None, doc="log_path of a posttrain-eval run, whose figures the model card shows"
+    )
     push_to: str | None = chz.field(default=None, doc="OWNER/NAME of a new repository of the Hugging Face hub")
     private: bool = chz.field(default=True, doc="the repository is private")
 
@@ -59,7 +63,7 @@ def main(config: Config) -> Path:
     """Returns the new folder. Nothing that exists is overwritten, here or on the hub."""
     source, out = find_model(config.model), Path(config.out).expanduser()
     if source.folder is None:
-        raise ConfigError(f"model={config.model} is no folder: only a model that was saved can be exported")
+        raise ConfigError(f"model={config.model} is not a folder: only a saved model can be exported")
     if out.exists():
         raise ConfigError(f"{out} exists already: choose another folder for out, or delete it")
     check_readable(source.folder)
@@ -151,7 +155,7 @@ def _check_hub(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ConfigError(f"push_to={name} is no name of a repository: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"push_to={name} is not a repository name: {' '.join(str(error).split())}") from error
     try:
         api = HfApi()
         api.whoami()

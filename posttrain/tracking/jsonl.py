@@ -39,7 +39,9 @@ def parse_json(text: str | bytes, where: str, remedy: str = "repair or delete it
     except RecursionError:
         raise DataError(f"{where}: nested too deep; {remedy}") from None
     except UnicodeEncodeError:
-        raise DataError(f"{where}: half of a surrogate pair (\\ud800 to \\udfff), which is no text; {remedy}") from None
+        raise DataError(
+            f"{where}: half of a surrogate pair (\\ud800 to \\udfff), which is not text; {remedy}"
+        ) from None
     except ValueError as error:  # not JSON, or bytes that are not UTF-8
         raise DataError(f"{where}: not JSON ({error}); {remedy}") from None
 

@@ -77,7 +77,9 @@ def plot_run(run_folder: RunFolder | str | os.PathLike[str]) -> Path:
     panels = _panels(records)
     times = [key for key in (*TIMES, "time/total") if read_curve(records, key).steps_K]
     if not panels and not times:
-        raise DataError(f"{folder / 'metrics.jsonl'}: none of the metrics that plots know; name some with keys=a,b")
+        raise DataError(
+            f"{folder / 'metrics.jsonl'}: none of the metrics that are plotted by default; name some with keys=a,b"
+        )
     figure, axes = panel_axes(len(panels) + bool(times), folder.resolve().name)
     for axis, panel in zip(axes, panels, strict=False):
         draw_panel(axis, panel)
@@ -129,7 +131,7 @@ def compare_seeds(folders: Mapping[str, Sequence[Path]], out: str | os.PathLike[
         known = ", ".join(sorted(logged - {"step", "non_finite"}))
         raise ConfigError(f"keys={','.join(missing)}: no such metric in these runs; they have {known}")
     if not panels:
-        raise DataError("none of the metrics that plots know; name some with keys=a,b")
+        raise DataError("none of the metrics that are plotted by default; name some with keys=a,b")
     return save_figure(draw_panels(panels, shared_legend=True), Path(out))
 
 

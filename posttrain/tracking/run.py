@@ -88,8 +88,8 @@ class Run:
         if isinstance(self.config, TrainingConfig) and self.config.lr_schedule != "constant":
             ended, now = (self.config.adam(self.first_step - 1, n) for n in (self.first_step, self.num_steps))
             print(
-                f"this run had ended: by lr_schedule={self.config.lr_schedule} to step {self.num_steps} its learning rate "
-                f"goes from {ended.learning_rate:.3g} up to {now.learning_rate:.3g} again"
+                f"this run had finished: with lr_schedule={self.config.lr_schedule} to step {self.num_steps} its learning "
+                f"rate rises again, from {ended.learning_rate:.3g} to {now.learning_rate:.3g}"
             )
 
     def _evaluations(self) -> list[tuple[Evaluation, int]]:

@@ -27,31 +27,39 @@ class RunConfig:
     """A run's folder, and its evaluation and checkpoint intervals."""
 
     eval_every: int = chz.field(
-        default=20, validator=WHOLE, doc="held-out metrics before every this many steps, and at the end; 0 = never"
+        default=20,
+        validator=WHOLE,
+        doc="steps between evaluations on held-out data; also at the start and the end; 0 = never",
     )
     save_every: int = chz.field(
-        default=100, validator=WHOLE, doc="checkpoint after every this many steps, and at the end; 0 = only at the end"
+        default=100, validator=WHOLE, doc="steps between checkpoints; also one at the end; 0 = only at the end"
     )
     save_minutes: float | None = chz.field(
-        default=None, validator=POSITIVE, doc="also a checkpoint once this long has passed since the last; None = no"
+        default=None,
+        validator=POSITIVE,
+        doc="also save when this many minutes have passed since the last checkpoint; None = do not",
     )
     save_tokens: int | None = chz.field(
         default=None,
         validator=COUNT,
-        doc="also a checkpoint after the step in which this many tokens have been trained on since the last; None = no",
+        doc="also save after this many tokens of prompts and answers since the last checkpoint; None = do not",
     )
     keep_checkpoints: int | None = chz.field(
-        default=3, validator=COUNT, doc="delete older checkpoints than the last this many and `final`; None = keep all"
+        default=3, validator=COUNT, doc="how many of the last checkpoints to keep, besides `final`; None = all"
     )
     profile_steps: int = chz.field(
-        default=0, validator=WHOLE, doc="torch's profiler over this many steps, from the second on, into the run folder"
+        default=0,
+        validator=WHOLE,
+        doc="steps to run under torch's profiler, from the second on; 0 = none. Written to profile/ in the run folder",
     )
     log_path: str = log_path_field("runs/run")
     behavior_if_log_dir_exists: BehaviorIfExists = chz.field(
-        default="ask", doc="what to do with an existing run folder"
+        default="ask",
+        doc="if the run folder exists: resume continues the run with the same settings, resume_changed with others, delete "
+        "starts again, raise is an error, ask asks in a terminal",
     )
-    wandb_project: str | None = chz.field(default=None, doc="also log to this wandb project")
-    wandb_name: str | None = chz.field(default=None, doc="name of the wandb run")
+    wandb_project: str | None = chz.field(default=None, doc="also log to this project of Weights & Biases")
+    wandb_name: str | None = chz.field(default=None, doc="name of the wandb run; None = chosen by wandb")
     tensorboard: bool = chz.field(default=False, doc="also write TensorBoard's event files into the run folder")
     trackio_project: str | None = chz.field(default=None, doc="also log to this Trackio project")
 
@@ -60,17 +68,21 @@ class RunConfig:
 class TrainingConfig(RunConfig):
     """A run, and its optimizer: AdamW."""
 
-    learning_rate: float = chz.field(default=1e-4, validator=LEARNING_RATE, doc="the highest, after the warm-up")
-    lr_schedule: LRSchedule = chz.field(default="linear", doc="how the learning rate falls to the last step")
-    warmup_steps: int = chz.field(default=0, validator=WHOLE, doc="over which the learning rate rises linearly")
-    min_learning_rate: float = chz.field(
-        default=0.0, validator=LEARNING_RATE, doc="where linear and cosine schedules end"
+    learning_rate: float = chz.field(default=1e-4, validator=LEARNING_RATE, doc="the peak rate, after the warm-up")
+    lr_schedule: LRSchedule = chz.field(
+        default="linear", doc="how the learning rate falls from its peak to the last step"
     )
-    weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's, decoupled")
-    beta1: float = chz.field(default=0.9, validator=DECAY, doc="AdamW's decay of the gradient's mean")
-    beta2: float = chz.field(default=0.95, validator=DECAY, doc="AdamW's decay of the gradient's square")
+    warmup_steps: int = chz.field(
+        default=0, validator=WHOLE, doc="steps over which the learning rate rises linearly to its peak; 0 = none"
+    )
+    min_learning_rate: float = chz.field(
+        default=0.0, validator=LEARNING_RATE, doc="the rate at which linear and cosine schedules end"
+    )
+    weight_decay: float = chz.field(default=0.0, validator=NON_NEGATIVE, doc="AdamW's decoupled weight decay; 0 = none")
+    beta1: float = chz.field(default=0.9, validator=DECAY, doc="AdamW's decay rate of the mean gradient")
+    beta2: float = chz.field(default=0.95, validator=DECAY, doc="AdamW's decay rate of the mean squared gradient")
     grad_clip_norm: float = chz.field(
-        default=0.0, validator=NON_NEGATIVE, doc="largest norm of all gradients together; 0 = any"
+        default=0.0, validator=NON_NEGATIVE, doc="clip the norm of the whole gradient to this; 0 = no clipping"
     )
 
     @chz.validate
@@ -90,27 +102,29 @@ class TrainingConfig(RunConfig):
 class LanguageModelRunConfig(TrainingConfig):
     """A run that trains a language model, or a scalar model on a language model's trunk."""
 
-    model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
+    model_name: str = chz.field(
+        default="tiny", doc="a preset (tiny, small, ...), a local folder, or a Hugging Face hub name"
+    )
     load_checkpoint_path: str | None = chz.field(
-        default=None, doc="start from the weights of this checkpoint (fresh optimizer)"
+        default=None, doc="start from the weights of this checkpoint, with a new optimizer"
     )
     renderer_name: str | None = chz.field(
         default=None,
-        doc="role_colon, chat_template or plain; None = the model's own. chat_template:enable_thinking=false gives the "
-        "template an option; disable_thinking is a name for this one",
+        doc="how messages become tokens: chat_template, role_colon or plain; None = the model's own. Template options "
+        "follow a colon: chat_template:enable_thinking=false, for which disable_thinking is short",
     )
     lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
     lora_alpha: float | None = chz.field(
-        default=None, validator=POSITIVE, doc="the adapter is scaled by lora_alpha / lora_rank; None = 32"
+        default=None, validator=POSITIVE, doc="the adapter's output is multiplied by lora_alpha / lora_rank; None = 32"
     )
     seed: int = chz.field(
         default=0,
         validator=SEED,
-        doc="seed of a preset's weights, of the adapter and of sampling (the data have their own)",
+        doc="seed of a preset's weights, of a new adapter and of sampling; the data have a seed of their own",
     )
     num_epochs: int = chz.field(default=1, validator=COUNT, doc="passes over the dataset")
     max_steps: int | None = chz.field(
-        default=None, validator=COUNT, doc="total number of steps, if less than the epochs give"
+        default=None, validator=COUNT, doc="end after this many steps, even within an epoch; None = after num_epochs"
     )
     backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine trains and samples")
 

@@ -248,7 +248,7 @@ def _check_settings(run: RunFolder, behavior: BehaviorIfExists, config: Any, now
         return
     if behavior != "resume_changed":
         _ask_about(run.path, different)
-    print(f"{run.path} goes on with other settings than before: {changes_text(different)}")
+    print(f"{run.path} continues with changed settings: {changes_text(different)}")
     append_jsonl(run.path / "config_changes.jsonl", {"time": time.strftime("%Y-%m-%d %H:%M:%S"), "changes": different})
 
 
@@ -256,7 +256,7 @@ def _ask_about(path: Path, different: Changes) -> None:
     text = f"{path} was made with {changes_text(different)}"
     if not sys.stdin.isatty() or _answer(f"{text}. [c]ontinue with the new settings, or [q]uit? ", "cq") == "q":
         raise ConfigError(
-            f"{text}: give the settings of before, behavior_if_log_dir_exists=resume_changed to go on with the new "
+            f"{text}: give the old settings, behavior_if_log_dir_exists=resume_changed to continue with the new "
             "ones, "
             "or another log_path"
         )

@@ -100,7 +100,7 @@ def show_runs(folders: Sequence[Path], metrics: str = "*") -> None:
         logged = read_last_metrics(run)
         last = {name: value for name, value in logged.items() if _chosen(name, metrics)}
         if logged and not last:
-            raise ConfigError(f"no metric {metrics} was logged in {run}; there is {', '.join(sorted(logged))}")
+            raise ConfigError(f"no metric {metrics} was logged in {run}; it has {', '.join(sorted(logged))}")
         print_metrics_table(last, f"{run}: last metrics")
         for record in RunFolder(run).list_checkpoints():
             print(f"{record.path}  before step {record.step}  {folder_bytes(record.path) / 1e6:,.1f} MB")
@@ -156,7 +156,7 @@ def clean_runs(folders: Sequence[Path], metric: str = "", delete: str = "false")
     if delete == "true":
         print(f"{freed / 1e6:,.1f} MB freed")
     else:
-        print(f"{freed / 1e6:,.1f} MB would be free; nothing was deleted: delete=true deletes")
+        print(f"{freed / 1e6:,.1f} MB would be freed; nothing was deleted: delete=true deletes")
 
 
 def _paths_in(settings: Any) -> set[Path]:
@@ -177,7 +177,9 @@ def _kept(folder: RunFolder, metric: str) -> dict[Path, str]:
     logged = {name for record in records for name in record if record[name] is not None}
     if metric and metric not in logged:
         near = ", ".join(name for name in IMPORTANT if name in logged) or "none of the usual ones"
-        raise ConfigError(f"{folder.path}: no metric {metric!r} was logged; there is {near}")
+        raise ConfigError(
+            f"{folder.path}: no metric {metric!r} was logged; it has {near}. Give folders of one kind of run, or leave metric= out"
+        )
     name = metric or next((name for name in IMPORTANT if name.startswith("test/") and name in logged), "")
     values = {record["step"]: record[name] for record in records if record.get(name) is not None} if name else {}
     scored = [(values[record.step], record) for record in checkpoints if record.step in values]
@@ -235,11 +237,11 @@ def main(argv: Sequence[str]) -> None:
         return
     name, *arguments = argv
     if name not in COMMANDS:
-        raise ConfigError(f"unknown command {name!r}; there is {', '.join(COMMANDS)}")
+        raise ConfigError(f"unknown command {name!r}; known: {', '.join(COMMANDS)}")
     command, allowed = COMMANDS[name]
     options = dict(argument.split("=", 1) for argument in arguments if "=" in argument)
     if unknown := sorted(options.keys() - set(allowed)):
-        raise ConfigError(f"{name} has no option {unknown[0]!r}; there is {', '.join(allowed) or 'none'}")
+        raise ConfigError(f"{name} has no option {unknown[0]!r}; it has {', '.join(allowed) or 'none'}")
     folders = [Path(argument).expanduser() for argument in arguments if "=" not in argument] or [Path("runs")]
     command(folders, **options)
 

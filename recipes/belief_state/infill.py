@@ -113,7 +113,7 @@ def trained_on(run: Path) -> tuple[TextData, bool]:
         data: Any = {name: saved["data"][name] for name in chz.chz_fields(TextData)}
         is_bst = saved["model"] == "bst"
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{run} is no run of train.py with data=text (config.json: {error})") from error
+        raise CheckpointError(f"{run} is not a run of train.py with data=text (config.json: {error})") from error
     data["goal_range"] = tuple(data["goal_range"])
     return TextData(**data), is_bst
 

@@ -123,7 +123,7 @@ class SumsBuilder(TaskBuilder):
                 drawn[numbers] = Sum(numbers, self.modulus)
         else:
             raise ConfigError(
-                f"there are not {sum(counts)} sums of {self.operands} numbers to {self.largest}: raise task.largest"
+                f"there are fewer than {sum(counts)} sums of {self.operands} numbers to {self.largest}: raise task.largest"
             )
         test, train, warm_start, prm = (
             self._problems(part, list(drawn.values())[sum(counts[:part]) : sum(counts[: part + 1])])

@@ -57,7 +57,7 @@ def derive_sizes(
     if train_batch_size < rloo_k or train_batch_size % rloo_k:
         near = max(1, round(train_batch_size / rloo_k)) * rloo_k
         raise ConfigError(
-            f"train_batch_size={train_batch_size} is no multiple of rloo_k={rloo_k}; the nearest is "
+            f"train_batch_size={train_batch_size} is not a multiple of rloo_k={rloo_k}; the nearest is "
             f"train_batch_size={near}"
         )
     prompts = train_batch_size // rloo_k

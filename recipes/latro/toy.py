@@ -71,7 +71,7 @@ class ToyBuilder(TaskBuilder):
         count = self.num_tasks + (self.num_test or 0)
         if count > 10**self.num_digits:
             raise DataError(
-                f"{self.num_digits} digits make {10**self.num_digits} questions: no {count} (num_tasks + num_test)"
+                f"{self.num_digits} digits make {10**self.num_digits} questions, fewer than {count} (num_tasks + num_test): lower those"
             )
         numbers_D = np.random.default_rng(self.data_seed).choice(10**self.num_digits, count, replace=False)
         tasks = [self.task(f"{number:0{self.num_digits}d}") for number in numbers_D]
