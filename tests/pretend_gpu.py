@@ -205,10 +205,21 @@ class _Autocast(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.to and any(isinstance(x, OnGpu) for x in args):
             return _to(*args, **(kwargs or {}))
+        if func is F.scaled_dot_product_attention:
+            kwargs = _with_mask(*args, **(kwargs or {}))
+            args = args[:3]
         dtype = torch.float32 if func in IN_FP32 else torch.bfloat16 if func in IN_BF16 else None
         if dtype is not None and torch.is_autocast_enabled("cuda"):
             args, kwargs = tree_map(lambda x: _cast(x, dtype), (args, kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def _with_mask(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: float = 0.0, is_causal: bool = False,
+               **rest: Any) -> dict[str, Any]:  # fmt: skip
+    """For values of another size than keys torch makes a causal mask in C++, where this GPU's tensors lie on the CPU."""
+    if is_causal and isinstance(query, OnGpu) and query.shape[-1] != value.shape[-1]:
+        attn_mask, is_causal = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=GPU).tril(), False
+    return {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal} | rest
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:

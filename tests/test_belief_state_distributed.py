@@ -28,6 +28,7 @@ from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig,
 from recipes.libraries.belief_state.pairs import PairObjective
 from recipes.libraries.belief_state.trainer import BeliefStateTrainer, PassConfig, TokenBatch
 from tests.commands import CONTEXT
+from tests.conftest import ROUNDING, too_few_gpus
 
 EOS, STEPS = 1, 4
 CONFIG = BeliefStateConfig(vocab_size=17, eos_id=EOS, num_layers=2, num_heads=2, hidden=32)
@@ -36,6 +37,7 @@ OBJECTIVE = PairObjective(subsample=0.5)
 PASSES = PassConfig(rows_per_pass=2, pairs_per_chunk=11)
 ADAM = AdamParams(1e-2, grad_clip_norm=0.5, weight_decay=0.1)
 KINDS = {"bst": BeliefState, "gpt": NextToken}
+OF_A_GRADIENT, OF_A_CURVE = ROUNDING / 3, ROUNDING * 20 / 3
 
 
 def batch(step: int) -> TokenBatch:
@@ -124,6 +126,8 @@ def recipe_config(log_path: Path) -> recipe.Config:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    if reason := too_few_gpus(2):
+        pytest.skip(reason)
     folder, sockets = tmp_path_factory.mktemp("two"), [socket.socket() for _ in range(2)]
     for one in sockets:
         one.bind(("127.0.0.1", 0))
@@ -140,13 +144,13 @@ def test_two_processes_train_what_one_trains(two, kind, mode):
     found, folder = two
     alone = BeliefStateTrainer(model(kind), OBJECTIVE, PASSES)
     for name, gradient in gradients(alone).items():
-        torch.testing.assert_close(found[f"{kind}-{mode}"]["gradients"][name], gradient, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found[f"{kind}-{mode}"]["gradients"][name], gradient, rtol=0, atol=OF_A_GRADIENT)
     curve, theirs = train(alone, 0, STEPS), found[f"{kind}-{mode}"]["curve"]
     assert (
         len({round(metrics["loss"], 3) for metrics in curve}) == STEPS and curve[0]["grad_norm"] > ADAM.grad_clip_norm
     )
     for mine, metrics in zip(curve, theirs, strict=True):
-        assert metrics == pytest.approx(mine, abs=2e-5)
+        assert metrics == pytest.approx(mine, abs=OF_A_CURVE)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -161,7 +165,7 @@ def test_checkpoints_are_those_of_one_process(two, kind):
         resumed = BeliefStateTrainer(KINDS[kind](CONFIG, seed=77), OBJECTIVE, PASSES)
         resumed.load_state(folder / f"{kind}-{mode}", with_optimizer=True)
         for mine, metrics in zip(curve[STEPS // 2 :], train(resumed, STEPS // 2, STEPS // 2), strict=True):
-            assert metrics == pytest.approx(mine, abs=2e-5)
+            assert metrics == pytest.approx(mine, abs=OF_A_CURVE)
         files = sorted(str(path.relative_to(folder)) for path in (folder / f"{kind}-{mode}").rglob("*.*"))
         names = [
             "belief_state.json",
@@ -179,7 +183,7 @@ def test_the_recipe_in_two_processes_is_that_of_one(two, tmp_path):
     assert [record["step"] for record in theirs] == [record["step"] for record in alone] == [0, 1, 2, 3]
     for mine, record in zip(alone, theirs, strict=True):
         names = [name for name in mine if not name.startswith(("time/", "progress"))]
-        assert [record[name] for name in names] == pytest.approx([mine[name] for name in names], abs=2e-5)
+        assert [record[name] for name in names] == pytest.approx([mine[name] for name in names], abs=OF_A_CURVE)
 
 
 def test_what_does_not_divide_is_evaluated_whole_and_a_stop_reaches_everyone(two):
@@ -188,7 +192,7 @@ def test_what_does_not_divide_is_evaluated_whole_and_a_stop_reaches_everyone(two
     train(alone, 0, STEPS // 2)
     expected = alone.evaluate(TokenBatch(batch(9).tokens_B_T[:3]), (1,))
     for mode in ("replicate", "shard"):
-        assert found[f"bst-{mode}"]["uneven"] == pytest.approx(expected, abs=2e-5)
+        assert found[f"bst-{mode}"]["uneven"] == pytest.approx(expected, abs=OF_A_CURVE)
     assert found["stop"] is True
 
 

@@ -4,6 +4,8 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +19,10 @@ from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
 from posttrain.backend.memory_plan import free_bytes, planned
 from posttrain.backend.models import model_config
 from posttrain.backend.placement import check_placement
+from posttrain.backend.random_state import OwnTorchGenerators
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.vllm_engine import NO_SPLIT_SUMS, _model_folder, _set_environment
+from posttrain.backend.vllm_engine import NO_SPLIT_SUMS, VllmEngine, _model_folder, _set_environment
 from posttrain.backend.vllm_settings import engine_args, samples_with_vllm
 from posttrain.preflight import STEP_SHARE
 
@@ -33,6 +36,36 @@ def test_every_process_has_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     # each process was given one GPU to see
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert training_device() == torch.device("cuda", 0)
+
+
+# Trap: a stage's freed activations, which torch keeps, would refuse the next stage, or shrink its sampler's cache.
+def test_memory_that_torch_keeps_is_free_and_is_given_back_for_a_waking_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 140 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 110 * GIB)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20 * GIB)
+    cuda = torch.device("cuda")
+    assert free_bytes(cuda) == 100 * GIB
+    assert kv_cache_bytes(model_config("tiny"), 2**17, BackendConfig(max_num_seqs=2**16), cuda) == int(40 * GIB)
+    events: list[str] = []
+    engine: Any = object.__new__(VllmEngine)
+    engine._asleep, engine._engine = True, SimpleNamespace(wake_up=lambda: events.append("wake"))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append("give back"))
+    engine._wake()
+    engine._wake()
+    assert events == ["give back", "wake"]
+
+
+# Trap: torch puts the generators back after it has compiled something, or recomputed a layer, in another thread.
+def test_an_engine_has_new_noise_in_every_step() -> None:
+    generators, program, noise = OwnTorchGenerators(cuda=False, seed=7), torch.get_rng_state(), []
+    with generators:
+        first = torch.get_rng_state()
+    for _ in range(3):
+        with generators:
+            noise.append(torch.rand(3))
+            torch.set_rng_state(first)
+    assert len({tuple(x.tolist()) for x in noise}) == 3
+    assert torch.equal(torch.get_rng_state(), program)
 
 
 def test_apples_gpu_is_taken_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from benchmarks.gpu import first_light
 from benchmarks.gpu.aims import AIMS, Aim, table
+from benchmarks.gpu.checks import Record
 from benchmarks.gpu.half_b_engine import loads
 from benchmarks.gpu.sampling import FIRST, MORE, in_order, summary
 from posttrain.backend import vllm_weights
@@ -75,6 +76,39 @@ def test_blocks_run_in_turn_or_together_and_what_failed_comes_last(
     monkeypatch.setattr("sys.argv", ["first_light.py", "--out", str(tmp_path), "--blocks", blocks])
     assert first_light.main() == 1
     assert set(began[:2]) == {"learning", "star_graph_run"} and began[2:] == ["head", "sampling"]
+
+
+def test_figures_are_kept_while_a_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This one ends when it sees its figure in the summary."""
+    figure = json.dumps({"passed": False, "device": "cpu", "failed": [], "tokens/s": 7, "error": "ended early"})
+    block = f"""
+import pathlib, time
+summary = pathlib.Path({str(tmp_path / "first_light.json")!r})
+print({figure!r}, flush=True)
+while not (summary.exists() and '"tokens/s": 7' in summary.read_text()):
+    time.sleep(0.01)
+print('{{"passed": true, "device": "cpu", "tokens/s": 7}}')
+"""
+    started = subprocess.Popen
+
+    def start(command: list[str], **options: Any) -> Any:
+        return started([command[0], "-c", block], **options)
+
+    monkeypatch.setattr(first_light.subprocess, "Popen", start)
+    monkeypatch.setattr(first_light, "SECONDS", {"shown": 0})
+    monkeypatch.setattr(first_light, "SHOWN_EVERY", 0.05)
+    assert first_light.run_block("shown", tmp_path, 120.0)["passed"]
+
+
+def test_an_error_ends_a_part_of_a_block(capsys: pytest.CaptureFixture[str]) -> None:
+    record = Record()
+    with record.going_on("first"):
+        raise ValueError("no kernel\nfor this size")
+    record.figure("second", 2.0)
+    record.print()
+    found = first_light.last_record(capsys.readouterr().out.splitlines())
+    assert found["first"] == "error: ValueError: for this size" and found["second"] == 2.0
+    assert not found["passed"] and found["failed"] == ["first"]
 
 
 def test_what_is_sent_back_is_never_half_written(tmp_path: Path) -> None:

@@ -39,6 +39,7 @@ from recipes.star_graph.guided_accuracy import decode
 from recipes.star_graph.model import make_model
 from recipes.star_graph.oracle import LOGIT, oracle, true_paths
 from tests.architectures import save_random_model
+from tests.conftest import rounded
 from tests.star_graph_originals import gpt2_stand_in, numeral_layout
 
 GRAPH = StarGraph(2, 3, 12)
@@ -205,7 +206,9 @@ def test_cached_decoding_equals_reading_everything_anew(policy: Reader, kind: st
             found = guided_sample(policy, prompts_B_P, 3, guidance, model.reader(), uniforms)
             tokens, logprobs = sample_without_caches(policy, model, guidance, prompts_B_P, uniforms)
             assert found.tokens_B_T.tolist() == tokens
-            torch.testing.assert_close(found.logprobs_B_T, torch.tensor(logprobs), rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                found.logprobs_B_T, torch.tensor(logprobs), rtol=rounded(1e-4), atol=rounded(1e-5)
+            )
             assert found.kl_B_T.mean() > 0.01  # the classifier had something to say
 
 
@@ -288,7 +291,9 @@ def test_a_perfect_classifier_lifts_the_shortcut_from_half_to_one() -> None:
         assert decode(cheat, perfect, guidance, ids_B_T, layout)["exact"] == 1.0
         assert decode(cheat, perfect, guidance, ids_B_T, layout, seed=0)["exact"] == 1.0
         sample = guided_sample(cheat, ids_B_T[:, :prefix], 3, guidance, perfect)
-        assert sample.logprobs_B_T[:, 1].tolist() == pytest.approx([-math.log1p(1 / odds_of_right)] * 200, abs=1e-6)
+        assert sample.logprobs_B_T[:, 1].tolist() == pytest.approx(
+            [-math.log1p(1 / odds_of_right)] * 200, abs=rounded(1e-6)
+        )
         assert sample.kl_B_T[:, 1].tolist() == pytest.approx([math.log(2)] * 200, abs=1e-3)
 
 
@@ -335,7 +340,7 @@ def test_paths_behind_one_prompt_are_read_as_if_each_had_its_own(policy: Reader,
     shared, separate = (
         torch.autograd.grad(v.square().sum(), embedding.weight)[0] for v in (values_2B_L_1, anew_2B_L_1)
     )
-    torch.testing.assert_close(shared, separate, rtol=1e-7, atol=1e-7)
+    torch.testing.assert_close(shared, separate, rtol=rounded(1e-7), atol=rounded(1e-7))
 
 
 def test_pairs_are_the_truth_and_the_first_failure(policy: Reader) -> None:
@@ -450,7 +455,7 @@ def test_policies_of_other_families_are_sampled_right_or_refused(tmp_path: Path)
     policy, tokens_B_T = language_model(model), torch.arange(20)[None] + 4
     with torch.no_grad():
         logits_V = policy.head(policy.trunk.read(tokens_B_T)[0][:, -1])[0]
-        assert torch.allclose(logits_V, model(input_ids=tokens_B_T).logits[0, -1], atol=1e-5)
+        assert torch.allclose(logits_V, model(input_ids=tokens_B_T).logits[0, -1], atol=rounded(1e-5))
     for family in ("Gemma 3", "LFM 2", "Qwen 3.5"):
         other = load_model(str(save_random_model(family, tmp_path / family)), 0, CPU, torch.float32)
         with pytest.raises(ModelError, match="attention over all tokens"):

@@ -17,7 +17,7 @@ from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import LoraConfig
 from tests.architectures import CONTEXT
-from tests.conftest import gradients, policy_data
+from tests.conftest import gradients, policy_data, rounded
 from tests.every_architecture import random_model, save
 
 
@@ -63,7 +63,7 @@ def test_gradients_are_those_of_the_separate_adapter(name: str) -> None:
     for trainer in (separate, merged):
         trainer.run(policy_data(4), "importance_sampling")
     for ours, theirs in zip(gradients(merged).values(), gradients(separate).values(), strict=True):
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+        assert (ours - theirs).norm() <= rounded(1e-4) * theirs.norm()
 
 
 # Trap: a LoRA update that bf16 rounds away in the sampler alone.
@@ -86,7 +86,7 @@ def test_the_model_is_the_one_with_merged_weights() -> None:
         )
         for model in (trainer, full, separate)
     )
-    assert np.abs(ours - theirs).max() < 1e-6
+    assert np.abs(ours - theirs).max() < rounded(1e-6)
     assert np.abs(others - theirs).mean() > 1e-4
 
 
@@ -115,4 +115,4 @@ def test_a_routers_biases_reach_a_bf16_sampler_and_a_bf16_export_whole(dtype: to
     assert sent["lm_head.weight"].dtype == dtype and torch.equal(sent[name], exact)
     save_policy(trainer, character_tokenizer(CONTEXT), tmp_path / "saved", torch.bfloat16)
     saved = load_file(tmp_path / "saved" / "model.safetensors")
-    assert saved["lm_head.weight"].dtype == torch.bfloat16 and torch.equal(saved[name], exact)
+    assert saved["lm_head.weight"].dtype == torch.bfloat16 and torch.equal(saved[name], exact.cpu())

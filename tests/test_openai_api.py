@@ -25,6 +25,7 @@ from posttrain.serve.local_server import LocalServer
 from posttrain.serve.openai_answers import ChatAnswer, ChatFeed
 from posttrain.serve.openai_api import OnTokens, ServedModel, no_endpoint, openai_routes
 from posttrain.serve.openai_requests import Options
+from tests.conftest import rounded
 
 CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hällo 🙂"}]
 
@@ -213,7 +214,7 @@ def test_logprobs_are_the_models(client: openai.OpenAI, models: Table) -> None:
     tokens = prompt + policy.sample(ModelInput.from_ints(prompt), 1, params).result().sequences[0].tokens
     expected: Any = policy.compute_logprobs(ModelInput.from_ints(tokens)).result()
     assert answer.logprobs.token_logprobs[0] is None
-    np.testing.assert_allclose(answer.logprobs.token_logprobs[1:], expected[1:], atol=1e-4)
+    np.testing.assert_allclose(answer.logprobs.token_logprobs[1:], expected[1:], atol=rounded(1e-4))
     assert answer.logprobs.text_offset == list(range(6))
     for t in range(1, 6):
         top = answer.logprobs.top_logprobs[t]

@@ -13,6 +13,7 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.models import PRESETS
 from posttrain.backend.placement import check_gpus, check_heads, check_placement, gpus_needed, uses_cluster
+from posttrain.backend.ranks import check_own_gpus
 from posttrain.backend.ray_process import gpus_left_to_ray
 
 
@@ -55,6 +56,12 @@ def test_one_process_needs_no_cluster() -> None:
 )
 def test_too_few_gpus(config: BackendConfig, gpus_of_nodes: list[int], text: str) -> None:
     assert refused(check_gpus, config, gpus_of_nodes) == text
+
+
+def test_two_ranks_on_one_gpu_are_refused() -> None:
+    check_own_gpus(["GPU-1", "GPU-2"])
+    text = refused(check_own_gpus, ["GPU-1", "GPU-1"])
+    assert "2 training processes were started on 1 GPU, and each needs one of its own" in text
 
 
 def test_replicas_beside_the_trainer_see_its_gpu_and_ray_has_none(monkeypatch: pytest.MonkeyPatch) -> None:

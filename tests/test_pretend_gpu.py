@@ -2,6 +2,7 @@
 of its own there.
 """
 
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,18 +12,22 @@ import chz
 import numpy as np
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import posttrain.backend.config
+import tests.pretend_gpu
+from posttrain.backend import device_lock
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from tests.conftest import random_tokens, trainer_of
-from tests.pretend_gpu import GPU, pretend_gpu
+from tests.pretend_gpu import GPU, OnGpu, aten, computed, pretend_gpu
 from tests.test_scalar_model import scalars, train
 
 GAP = 0.05  # nats, mean: of bf16
+NO_WORK = {aten.detach.default, aten.lift_fresh.default}
 
 
 @pytest.fixture
@@ -175,6 +180,36 @@ def test_the_passes_are_those_of_a_cpu_up_to_rounding(gpu: None, tmp_path: Path)
             found.append(logprobs(service.create_training_client("micro"), data))
     assert all(0 < np.abs(p - found[0]).mean() < GAP for p in found[1:4])
     np.testing.assert_allclose(found[4], found[0], atol=1e-4)
+
+
+# Trap: while vLLM records its graphs, an allocation or a copy of another thread breaks the recording, or fails.
+@pytest.mark.parametrize(("settings", "lora"), [({"share_engines": True}, None), ({"lora": "shared"}, LORA)])
+def test_nothing_computes_while_an_engine_may_open(
+    settings: dict[str, Any], lora: LoraConfig | None, gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_lock: set[str] = set()
+
+    def noted(func: Any, args: Any, kwargs: Any) -> Any:
+        out = computed(func, args, kwargs)
+        locked = device_lock._computing or device_lock._held_alone
+        if not (locked or func.is_view or func in NO_WORK) and any(
+            isinstance(x, OnGpu) for x in tree_leaves((args, kwargs, out))
+        ):
+            frames = [f for f in traceback.extract_stack() if "/posttrain/" in f.filename]
+            without_lock.add(f"{func} {frames[-1].name if frames else ''}")
+        return out
+
+    monkeypatch.setattr(tests.pretend_gpu, "computed", noted)
+    data = policy_data()
+    with ServiceClient(BackendConfig(engine="torch", **settings), tmp_path) as service:
+        client = service.create_training_client("micro", lora)
+        sampler = client.save_weights_and_get_sampling_client()
+        client.forward_backward(data, "importance_sampling")
+        client.optim_step(AdamParams(1e-2, grad_clip_norm=1.0)).result()  # before it `sampler` gets a copy
+        sampler.sample(ModelInput.from_ints([4, 5]), 1, SamplingParams(max_tokens=2)).result()
+        client.save_weights_for_sampler("policy").result()
+        client.load_state_with_optimizer(client.save_state("state").result().path).result()
+    assert not without_lock
 
 
 def test_numbers_of_two_devices_do_not_meet(gpu: None) -> None:

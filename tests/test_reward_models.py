@@ -40,7 +40,7 @@ from preference.steps import StepFormat
 from preference.types import Comparison, ComparisonDatasetBuilder, Label, LabeledComparison
 from rl.types import TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests import commands
-from tests.conftest import ROOT
+from tests.conftest import ROOT, rounded
 from tests.test_message_parts import RENDERERS
 
 TORCH = BackendConfig(engine="torch")
@@ -148,10 +148,10 @@ def test_label_probabilities_are_those_of_the_language_model(torch_service):
         for token, probability in zip(model.format.label_tokens, row, strict=True):
             sequence = ModelInput.from_ints([*model.format.prompt(comparison), token])
             logprob = sampler.compute_logprobs(sequence).result()[-1]
-            assert logprob is not None and math.exp(logprob) == pytest.approx(probability, rel=1e-4)
+            assert logprob is not None and math.exp(logprob) == pytest.approx(probability, rel=rounded(1e-4))
     one_way, back = asyncio.run(model.compare(comparisons)), asyncio.run(model.compare([c.swap() for c in comparisons]))
     averaged = asyncio.run(LabelModel(client, renderer, min_label_mass=0.0).compare(comparisons))
-    assert averaged == pytest.approx([(ab - ba) / 2 for ab, ba in zip(one_way, back, strict=True)], abs=1e-6)
+    assert averaged == pytest.approx([(ab - ba) / 2 for ab, ba in zip(one_way, back, strict=True)], abs=rounded(1e-6))
     with pytest.raises(JudgeError, match="not trained to say them"):
         asyncio.run(LabelModel(client, renderer).compare(comparisons))
     with pytest.raises(ContextLengthError, match="label model's context 512"):
@@ -218,8 +218,8 @@ def test_a_scalar_model_learns_is_saved_and_scores_rollouts(tmp_path, torch_serv
     reward = asyncio.run(RewardModelReward(path=path, coef=2.0)(torch_service, policy, renderer))
     group = TrajectoryGroup([rolled_out(renderer, answer) for answer in answers], [0.5] * 4, [{} for _ in answers])
     step_metrics = asyncio.run(reward([group]))
-    assert group.final_rewards_G == pytest.approx([0.5 + 2 * score for score in scores], abs=1e-4)
-    assert step_metrics["reward_model/mean"] == pytest.approx(np.mean(scores), abs=1e-4)
+    assert group.final_rewards_G == pytest.approx([0.5 + 2 * score for score in scores], abs=rounded(1e-4))
+    assert step_metrics["reward_model/mean"] == pytest.approx(np.mean(scores), abs=rounded(1e-4))
 
     with pytest.raises(ConfigError, match="was trained with renderer_name=plain"):
         ScalarModelBuilder(path=path, renderer_name="role_colon")(tokenizer)

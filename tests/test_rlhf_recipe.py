@@ -11,6 +11,7 @@ import pytest
 from envs.kind_words import KindWordsComparisons
 from posttrain.backend.errors import ConfigError
 from recipes.rlhf import train
+from tests.conftest import GAP_OF_A_COMMAND
 
 
 def test_rlhf_stages_run_in_order_and_only_once(tmp_path, capsys):
@@ -37,7 +38,7 @@ def test_rlhf_stages_run_in_order_and_only_once(tmp_path, capsys):
         first = json.loads((tmp_path / stage / "metrics.jsonl").read_text().splitlines()[0])
         assert {"env/all/gold", "env/all/proxy"} <= first.keys() and abs(
             first["kl_policy_base"]
-        ) < 1e-4  # it began at the reference
+        ) < GAP_OF_A_COMMAND  # it began at the reference
     assert (tmp_path / "curve.png").exists()
     capsys.readouterr()
     asyncio.run(train.main(small))

@@ -18,7 +18,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, ModelInput, SampleResponse, SamplingParams, TensorData
-from tests.conftest import random_tokens
+from tests.conftest import SAMPLER_GAP, random_tokens, rounded
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, stop=[])
 
@@ -74,14 +74,14 @@ def test_vllm_equals_torch_on_200_ragged_prompts(engines) -> None:  # noqa: ANN0
     ours, theirs = (sample_all(client, prompts, GREEDY, prompt_logprobs=True) for client in (vllm, reference))
     for prompt, a, b in zip(prompts, ours, theirs, strict=True):
         assert a.sequences[0].tokens == b.sequences[0].tokens
-        assert a.sequences[0].logprobs == pytest.approx(b.sequences[0].logprobs, abs=1e-4)
+        assert a.sequences[0].logprobs == pytest.approx(b.sequences[0].logprobs, abs=SAMPLER_GAP)
         assert (
             a.prompt_logprobs is not None and a.prompt_logprobs[0] is None and len(a.prompt_logprobs) == prompt.length
         )
-        assert a.prompt_logprobs[1:] == pytest.approx(b.prompt_logprobs[1:], abs=1e-4)  # type: ignore[index]
+        assert a.prompt_logprobs[1:] == pytest.approx(b.prompt_logprobs[1:], abs=SAMPLER_GAP)  # type: ignore[index]
     for prompt, a in list(zip(prompts, ours, strict=True))[:20]:
         sampled = trainer_logprobs(trained, prompt, a.sequences[0].tokens)[prompt.length - 1 :]
-        assert a.sequences[0].logprobs == pytest.approx(sampled.tolist(), abs=1e-4)
+        assert a.sequences[0].logprobs == pytest.approx(sampled.tolist(), abs=SAMPLER_GAP)
 
 
 # Trap: logprobs of the untempered, untruncated distribution.
@@ -97,7 +97,7 @@ def test_logprobs_are_those_of_the_tempered_distribution(engines, which: int, te
     assert len({tuple(sequence.tokens) for sequence in response.sequences}) > 1
     for sequence in response.sequences:
         trained = trainer_logprobs(engines[0], prompt, sequence.tokens, temperature)[prompt.length - 1 :]
-        assert sequence.logprobs == pytest.approx(trained.tolist(), abs=1e-4)
+        assert sequence.logprobs == pytest.approx(trained.tolist(), abs=SAMPLER_GAP)
 
 
 @pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])
@@ -107,7 +107,7 @@ def test_truncated_sampling_is_renormalised(engines, which: int) -> None:  # noq
     logprobs_V = engines[2].sample(prompt, 1, GREEDY, topk_prompt_logprobs=0).result()
     assert len(logprobs_V.sequences) == 1
     only_one = engines[which].sample(prompt, 3, SamplingParams(max_tokens=5, seed=1, top_k=1, stop=[])).result()
-    assert all(sequence.logprobs == pytest.approx([0.0] * 5, abs=1e-5) for sequence in only_one.sequences)
+    assert all(sequence.logprobs == pytest.approx([0.0] * 5, abs=rounded(1e-5)) for sequence in only_one.sequences)
     nucleus = engines[which].sample(prompt, 40, SamplingParams(max_tokens=1, seed=1, top_p=0.5, stop=[])).result()
     probability = {sequence.tokens[0]: np.exp(sequence.logprobs[0]) for sequence in nucleus.sequences}
     untempered = trainer_logprobs(engines[0], prompt, [next(iter(probability))])[-1]
@@ -231,12 +231,12 @@ def test_other_tokens_of_a_prompt_are_scored_and_drawn_alike(engines) -> None:  
         scored_TK, alt = response.target_prompt_logprobs.array, response.prompt_alt_tokens
         for t in range(11):
             expected = [whole_TV[t, 5 + t], 0.0, whole_TV[t, 30]]
-            assert scored_TK[t] == pytest.approx(expected, abs=1e-4)
+            assert scored_TK[t] == pytest.approx(expected, abs=SAMPLER_GAP)
         tempered_TV = whole_TV / 0.5
         tempered_TV -= np.log(np.exp(tempered_TV).sum(-1, keepdims=True))
         assert alt.tokens.shape == alt.logprobs.shape == [11, k]
         np.testing.assert_allclose(
-            alt.logprobs.array, np.take_along_axis(tempered_TV, alt.tokens.array, axis=1), atol=1e-4
+            alt.logprobs.array, np.take_along_axis(tempered_TV, alt.tokens.array, axis=1), atol=SAMPLER_GAP
         )
         # the share of the most likely token among 300 draws, within four standard errors
         best_T, p_T = tempered_TV.argmax(-1), np.exp(tempered_TV.max(-1))
@@ -257,7 +257,7 @@ def test_topk_prompt_logprobs_agree(engines) -> None:  # noqa: ANN001
     assert a[0] is None and len(a) == 12
     for ours, theirs in zip(a[1:], b[1:], strict=True):
         assert [token for token, _ in ours] == [token for token, _ in theirs]
-        assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=1e-4)
+        assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=SAMPLER_GAP)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
@@ -270,11 +270,11 @@ def test_topk_logprobs_of_sampled_tokens_agree(engines, temperature: float) -> N
     agree = 5 if temperature == 0 else 1
     for ours, theirs in list(zip(a.topk_logprobs, b.topk_logprobs, strict=True))[:agree]:
         assert [t for t, _ in ours] == [t for t, _ in theirs]
-        assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=1e-4)
+        assert [p for _, p in ours] == pytest.approx([p for _, p in theirs], abs=SAMPLER_GAP)
     for sequence in (a, b):
         rows = zip(sequence.topk_logprobs, sequence.tokens, sequence.logprobs, strict=True)
         for row, token, logprob in rows:
-            assert len(row) == 3 and dict(row).get(token, logprob) == pytest.approx(logprob, abs=1e-5)
+            assert len(row) == 3 and dict(row).get(token, logprob) == pytest.approx(logprob, abs=rounded(1e-5))
             assert row == sorted(row, key=lambda entry: -entry[1]) and logprob <= row[0][1] + 1e-5
             assert temperature > 0 or row[0][0] == token
     cut = SamplingParams(max_tokens=2, top_k=2, seed=1, stop=[])
@@ -289,9 +289,9 @@ def test_prompt_logprobs_of_the_last_n(engines) -> None:  # noqa: ANN001
     for client in engines[1:]:
         whole = client.compute_logprobs(prompt).result()
         last = client.compute_logprobs(prompt, 4).result()
-        assert last[:8] == [None] * 8 and last[8:] == pytest.approx(whole[8:], abs=1e-5)
+        assert last[:8] == [None] * 8 and last[8:] == pytest.approx(whole[8:], abs=rounded(1e-5))
         response = client.sample(prompt, 1, GREEDY, topk_prompt_logprobs=2, prompt_logprobs_last_n=11).result()
-        assert response.prompt_logprobs[:2] == [None, pytest.approx(whole[1], abs=1e-5)]
+        assert response.prompt_logprobs[:2] == [None, pytest.approx(whole[1], abs=rounded(1e-5))]
         assert [entry is None for entry in response.topk_prompt_logprobs] == [True] + [False] * 11
     for n in (0, 12):
         with pytest.raises(ConfigError, match=f"prompt_logprobs_last_n={n}"):
@@ -313,7 +313,9 @@ def test_sync_reaches_every_weight_and_drops_cached_prefixes(vllm_client: Traini
     train_a_little(vllm_client)
     after = vllm_client.save_weights_and_get_sampling_client()
     new = after.sample(prompt, 1, GREEDY).result().sequences[0]
-    assert new.logprobs == pytest.approx(trainer_logprobs(vllm_client, prompt, new.tokens)[199:].tolist(), abs=1e-4)
+    assert new.logprobs == pytest.approx(
+        trainer_logprobs(vllm_client, prompt, new.tokens)[199:].tolist(), abs=SAMPLER_GAP
+    )
     assert abs(new.logprobs[0] - old.logprobs[0]) > 0.01, "the weights did not move: this test shows nothing"
     with pytest.raises(StaleSamplerError, match="policy version"):
         before.sample(prompt, 1, GREEDY).result()
@@ -349,7 +351,9 @@ def test_lora_weights_reach_the_sampler(vllm_service: ServiceClient) -> None:
     train_a_little(client, 5)
     prompt = prompt_of(30)
     sampled = client.save_weights_and_get_sampling_client().sample(prompt, 1, GREEDY).result().sequences[0]
-    assert sampled.logprobs == pytest.approx(trainer_logprobs(client, prompt, sampled.tokens)[29:].tolist(), abs=1e-4)
+    assert sampled.logprobs == pytest.approx(
+        trainer_logprobs(client, prompt, sampled.tokens)[29:].tolist(), abs=SAMPLER_GAP
+    )
 
 
 # Trap: a reference policy that moves with the live one.
@@ -358,10 +362,10 @@ def test_gpt2_in_vllm_and_a_frozen_policy_beside_the_live_one(vllm_service: Serv
     frozen = vllm_service.create_sampling_client(base_model="gpt2-tiny", seed=1)
     prompt = prompt_of(30)
     reference = frozen.compute_logprobs(prompt).result()
-    assert reference[1:] == pytest.approx(trainer_logprobs(client, prompt, [])[:29].tolist(), abs=1e-4)
+    assert reference[1:] == pytest.approx(trainer_logprobs(client, prompt, [])[:29].tolist(), abs=SAMPLER_GAP)
     train_a_little(client)
     live = client.save_weights_and_get_sampling_client().sample(prompt, 1, GREEDY).result().sequences[0]
-    assert live.logprobs == pytest.approx(trainer_logprobs(client, prompt, live.tokens)[29:].tolist(), abs=1e-4)
+    assert live.logprobs == pytest.approx(trainer_logprobs(client, prompt, live.tokens)[29:].tolist(), abs=SAMPLER_GAP)
     assert frozen.compute_logprobs(prompt).result() == reference
 
 

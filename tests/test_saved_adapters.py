@@ -17,7 +17,7 @@ from posttrain.backend.models import PRESETS, load_model, new_model
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import LoraConfig, ModelInput
-from tests.conftest import full_logits, trainer_of
+from tests.conftest import full_logits, rounded, trainer_of
 from tests.test_checkpoints import CPU, TOKENS, logprobs, sampler_logprobs, train
 
 
@@ -34,7 +34,7 @@ def test_an_adapter_is_put_on_the_base_it_was_trained_on(torch_service: ServiceC
     state = client.save_state("state").result().path
     for path in (state, client.save_weights_for_sampler("policy").result().path):
         live = torch.tensor(client.save_weights_and_get_sampling_client().compute_logprobs(TOKENS).result()[1:])
-        torch.testing.assert_close(sampler_logprobs(torch_service, path), live, rtol=0, atol=1e-5)
+        torch.testing.assert_close(sampler_logprobs(torch_service, path), live, rtol=0, atol=rounded(1e-5))
         other = torch_service.create_lora_training_client("micro", 4, seed=0)
         with pytest.raises(
             CheckpointError, match="base model 'micro' with seed 3, and this run's is 'micro' with seed 0"
@@ -131,8 +131,10 @@ def test_an_adapter_made_by_peft_is_a_start(torch_service: ServiceClient, tmp_pa
     client = torch_service.create_lora_training_client("micro", 8, alpha=16)
     client.load_state(str(tmp_path / "peft")).result()
     live = torch.tensor(client.save_weights_and_get_sampling_client().compute_logprobs(TOKENS).result()[1:])
-    torch.testing.assert_close(live, expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(sampler_logprobs(torch_service, str(tmp_path / "peft")), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(live, expected, rtol=0, atol=rounded(1e-5))
+    torch.testing.assert_close(
+        sampler_logprobs(torch_service, str(tmp_path / "peft")), expected, rtol=0, atol=rounded(1e-5)
+    )
     opened = torch_service.create_training_client_from_state(str(tmp_path / "peft"))
     assert torch.equal(logprobs(opened), logprobs(client))
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
@@ -178,7 +180,7 @@ def test_an_adapter_that_is_not_plain_is_sampled_on_a_base_of_its_own(setting: d
                 service.create_sampling_client(model_path=str(tmp_path / "peft"))
         else:
             found = sampler_logprobs(service, str(tmp_path / "peft"))
-            torch.testing.assert_close(found, of_peft(adapted), rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(found, of_peft(adapted), rtol=rounded(1e-5), atol=rounded(1e-4))
         with pytest.raises(CheckpointError, match=f"with {next(iter(setting))}=.*cannot be trained here"):
             client.load_state(str(tmp_path / "peft")).result()
         assert torch.equal(logprobs(client), before)
@@ -207,12 +209,14 @@ def test_an_adapter_of_the_embedding_or_the_output_layer(
             with pytest.raises(CheckpointError, match="adapts the embedding or the output layer"):
                 service.create_sampling_client(model_path=path)
             return
-        torch.testing.assert_close(sampler_logprobs(service, path), of_peft(model), rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            sampler_logprobs(service, path), of_peft(model), rtol=rounded(1e-5), atol=rounded(1e-4)
+        )
         opened = service.create_training_client(str(tmp_path / "base"), LoraConfig(4, alpha=8, train_unembed=True))
         if layer == "lm_head":
             opened.load_state(path).result()
             live = opened.save_weights_and_get_sampling_client().compute_logprobs(TOKENS).result()[1:]
-            torch.testing.assert_close(torch.tensor(live), of_peft(model), rtol=1e-5, atol=1e-4)
+            torch.testing.assert_close(torch.tensor(live), of_peft(model), rtol=rounded(1e-5), atol=rounded(1e-4))
         else:
             with pytest.raises(CheckpointError, match="layers that this run does not train: .*lora_embedding_A"):
                 opened.load_state(path).result()

@@ -22,6 +22,7 @@ from posttrain.backend.rest_client import RestClient
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
+from tests.conftest import rounded
 
 NO = inspect.Parameter.empty
 PASS = {"data": NO, "loss_fn": NO, "loss_fn_config": None}
@@ -283,7 +284,9 @@ def test_a_script_for_the_sdk_runs_but_for_its_import(torch_service: ServiceClie
     assert len(outcome["samples"]) == 3 and all(len(response.sequences) == 2 for response in outcome["samples"])
     sequence = outcome["samples"][0].sequences[0]
     assert sequence.tokens_np.tolist() == sequence.tokens and sequence.logprobs_np.dtype == np.float32
-    assert outcome["logprobs"][0] is None and outcome["frozen"][1:] == pytest.approx(outcome["logprobs"][1:], abs=1e-4)
+    assert outcome["logprobs"][0] is None and outcome["frozen"][1:] == pytest.approx(
+        outcome["logprobs"][1:], abs=rounded(1e-4)
+    )
     info = outcome["info"]
     assert (info.model_data.model_name, info.is_lora, info.lora_rank, outcome["resumed"]) == ("tiny", True, 8, True)
     assert outcome["base_model"] == "tiny"

@@ -19,6 +19,7 @@ from posttrain.serve.app import create_app
 from posttrain.serve.bases import open_bases
 from posttrain.serve.state import Limits, State
 from posttrain.serve.store import Store
+from tests.conftest import rounded
 from tests.tinker_messages import TOKENS, datum, pass_body
 
 
@@ -198,7 +199,7 @@ async def test_a_snapshot_answers_with_its_own_weights(http: Http, state: State)
     sampled = np.frombuffer(response.prompt_logprobs, "<f4")[1:]
     trained = pass_output(await http.result(await http.send(pass_body(model_id, 2, [datum()], forward_only=True))))
     logprobs = np.frombuffer(trained.loss_fn_outputs[0].fields["logprobs"].data, "<f4")
-    np.testing.assert_allclose(sampled, logprobs, atol=1e-4)
+    np.testing.assert_allclose(sampled, logprobs, atol=rounded(1e-4))
     target = {"type": "sampling_session", "sampling_session_id": sampler, "cloned_sampler_id": 0}
     polled = (await http.call("retrieve_futures", target=target, timeout=0)).json()
     assert [(c["state"], c["request_id"]) for c in polled["completions"]] == [("finished", asked.json()["request_id"])]

@@ -32,7 +32,7 @@ from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import AdamParams, Datum, LoraConfig
 from posttrain.backend.weight_files import read_joined, write_shard
 from tests.commands import CONTEXT
-from tests.conftest import policy_data, random_tokens
+from tests.conftest import policy_data, random_tokens, rounded, too_few_gpus
 from tests.every_architecture import random_model, save
 from tests.test_scalar_model import bce, scalar_data
 
@@ -309,6 +309,8 @@ def one_of_several(rank: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if reason := too_few_gpus(3):
+        pytest.skip(reason)
     folder = tmp_path_factory.mktemp("ranks")
     use_models_of(folder)
     for kind, model_folder in FOLDERS.items():
@@ -334,7 +336,7 @@ def test_gradients_are_those_of_one_process(several: dict[str, Any]) -> None:
             for name, gradient in several[f"{case}, {sharding}"].items():
                 gap = (gradient - expected[name]).norm()
                 # 0, up to rounding, where a router's weights do not matter
-                assert gap <= 1e-5 * expected[name].norm().clamp(min=1.0), (case, sharding, name)
+                assert gap <= rounded(1e-5) * expected[name].norm().clamp(min=1.0), (case, sharding, name)
             assert several[f"{case}, {sharding}"].keys() == expected.keys()
 
 
@@ -350,7 +352,7 @@ def test_ranks_fail_together_and_change_nothing(several: dict[str, Any], shardin
     assert several[f"unchanged, {sharding}"]
     alone = open_trainer("ppo")
     alone.run(policy_data(5), "importance_sampling")
-    assert several[f"step, {sharding}"] == pytest.approx(alone.optim_step(AdamParams(1e-3)).metrics, rel=1e-5)
+    assert several[f"step, {sharding}"] == pytest.approx(alone.optim_step(AdamParams(1e-3)).metrics, rel=rounded(1e-5))
 
 
 @pytest.mark.slow

@@ -14,9 +14,9 @@ from posttrain.backend.merged_lora import base_weights
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import LoraConfig
 from tests.architectures import NOT_UNMERGED, save_random_model
-from tests.conftest import trainer_of
+from tests.conftest import SAMPLER_GAP, trainer_of
 from tests.test_sampling import prompt_of
-from tests.vllm_families import ROUNDING, SERVED, families_service, largest_gap, move_every_weight
+from tests.vllm_families import SERVED, families_service, largest_gap, move_every_weight
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs_vllm]
 
@@ -42,8 +42,8 @@ def test_unmerged_adapters_are_sampled_as_trained(sharing: ServiceClient, family
     clients = [sharing.create_training_client(folder, LoraConfig(rank, alpha=20)) for rank in (3, 5)]
     for client in (*clients, clients[0]):
         move_every_weight(client)
-        assert largest_gap(client) < ROUNDING
-    assert largest_gap(clients[1]) < ROUNDING
+        assert largest_gap(client) < SAMPLER_GAP
+    assert largest_gap(clients[1]) < SAMPLER_GAP
     logprobs = [c.save_weights_and_get_sampling_client().compute_logprobs(prompt_of(40)).result()[1:] for c in clients]
     assert max(abs(a - b) for a, b in zip(*logprobs, strict=True) if a is not None and b is not None) > 0.05
     for client in clients:
@@ -62,7 +62,7 @@ def test_passes_read_the_weights_that_vllm_has(
         before = {name: weight.clone() for name, weight in base_weights(trainer_of(client).base).items()}
         own = {weight.untyped_storage().data_ptr() for weight in base_weights(trainer_of(client).base).values()}
         for _ in range(2):
-            assert largest_gap(client) < ROUNDING
+            assert largest_gap(client) < SAMPLER_GAP
             move_every_weight(client)
         for name, weight in base_weights(trainer_of(client).base).items():
             assert torch.equal(weight, before[name]), name

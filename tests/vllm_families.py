@@ -15,7 +15,6 @@ from tests.architectures import FAMILIES, NOT_WITH_VLLM
 from tests.test_sampling import prompt_of, trainer_logprobs
 
 SERVED = [family for family in FAMILIES if family not in NOT_WITH_VLLM]
-ROUNDING = 1e-4  # fp32, through logits of a few nats
 
 
 @contextmanager

@@ -1,6 +1,10 @@
 """A block's record: named checks with a bound, and figures."""
 
 import json
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,6 +34,17 @@ class Record:
         if not condition:
             self._record["passed"] = False
             self._record["failed"].append(name)
+
+    @contextmanager
+    def going_on(self, name: str) -> Iterator[None]:
+        """An error inside is the figure `name`, and fails the block; what comes after is measured all the same."""
+        try:
+            yield
+        except Exception as error:  # whatever a kernel, a compiler or an engine raises
+            traceback.print_exc(file=sys.stderr)
+            lines = str(error).strip().splitlines() or [""]
+            self.figure(name, f"error: {type(error).__name__}: {lines[-1][:200]}")
+            self.holds(name, False)
 
     def print(self) -> None:
         print(json.dumps(self._record), flush=True)

@@ -48,12 +48,12 @@ def memory_is_shared(device: torch.device) -> bool | str:
     try:
         context = processes.get_context("spawn")
         sent, done = context.Queue(), context.Queue()
-        child = context.Process(target=adds_one, args=(sent, done))
+        child = context.Process(target=adds_one, args=(sent, done), daemon=True)  # the block's end does not wait for it
         child.start()
         tensor = torch.zeros(1000, device=device)
         sent.put(tensor)
-        done.get(timeout=25)  # where it cannot be sent, nothing answers
-        child.join(10)
+        child.join(25)  # where a tensor cannot be sent, it fails, or waits for ever
+        done.get(timeout=1)
         return bool((tensor == 1).all())
     except Exception as error:  # whatever the machine refuses: that is the answer
         return f"{type(error).__name__}: {error}"[:200]

@@ -6,10 +6,10 @@ its own with a time limit.
 `--blocks a,b+c`: b and c, which time nothing, run beside each other.
 
 A block prints its record after each figure, one JSON object on a line; the last becomes
-FOLDER/NAME.json, what else it prints goes to FOLDER/NAME.log. A block that fails or runs out of time
+FOLDER/NAME.json, also while it runs, what else it prints goes to FOLDER/NAME.log. A block that fails or runs out of time
 is recorded as such, with the figures it had, and the next one runs. A session that was cut off goes
-on: first with the blocks that have no JSON, then with those that did not pass. After each block
-FOLDER/first_light.json has them all, the machine, and the aims (aims.py) with what was reached.
+on: first with the blocks that have no JSON, then with those that did not pass. FOLDER/first_light.json
+has them all, the machine, and the aims (aims.py) with what was reached.
 Without a GPU everything runs on the CPU, where the JSON says so. The exit status is the number of
 blocks that did not pass.
 """
@@ -60,6 +60,7 @@ SECONDS = {
 _writing = threading.Lock()  # of blocks beside each other
 _running: set[int] = set()  # their processes
 FEWEST_SECONDS = 20.0  # in which a block can tell anything
+SHOWN_EVERY = 5.0  # seconds: the figures of a block that runs
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
@@ -115,7 +116,7 @@ def run_block(name: str, out: Path, limit: float) -> dict[str, Any]:
         )
         _running.add(process.pid)
         try:
-            ending = f"exit status {process.wait(limit)}"
+            ending = f"exit status {watched(process, name, out, start + limit)}"
         except subprocess.TimeoutExpired:
             ending = f"ran out of its {limit:.0f} s"
         finally:
@@ -128,10 +129,37 @@ def run_block(name: str, out: Path, limit: float) -> dict[str, Any]:
     if "error" in record:
         record |= {"error": f"{ending}; the last lines: {[line for line in lines if not line.startswith('{')][-3:]}"}
     record |= {"block": name, "seconds": round(time.monotonic() - start, 1)}
-    with _writing:
-        (out / f"{name}.json").write_text(json.dumps(record, indent=2) + "\n")
-        write_summary(out)
+    keep(record, name, out)
     return record
+
+
+def watched(process: "subprocess.Popen[bytes]", name: str, out: Path, end: float) -> int:
+    """Its exit status. Keeps its figures while it runs: whatever ends this machine, they were sent back.
+    TimeoutExpired at `end`."""
+    while True:
+        left = end - time.monotonic()
+        try:
+            return process.wait(max(0.0, min(left, SHOWN_EVERY)))
+        except subprocess.TimeoutExpired:
+            if left <= SHOWN_EVERY:
+                raise
+        record = last_record((out / f"{name}.log").read_text(errors="replace").splitlines())
+        if "device" in record:  # it has printed one
+            keep(record, name, out)
+
+
+def keep(record: dict[str, Any], name: str, out: Path) -> None:
+    """In a file of its own, and in the summary."""
+    with _writing:
+        write(out / f"{name}.json", record)
+        write_summary(out)
+
+
+def write(file: Path, content: dict[str, Any]) -> None:
+    """At once: somebody may send it back meanwhile."""
+    new = file.with_suffix(".new")
+    new.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(new, file)
 
 
 def _kill(block: int) -> None:
@@ -148,7 +176,7 @@ def write_summary(out: Path) -> None:
     ]
     summary = {"benchmark": "gpu/first_light", **records.get("facts", {}).pop("machine", {}), "aims": aims}
     summary["blocks"] = records
-    (out / "first_light.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write(out / "first_light.json", summary)
 
 
 def main() -> int:

@@ -172,20 +172,28 @@ def main() -> None:
         sampler = client.save_weights_and_get_sampling_client()
         record.figure("start, s", time.perf_counter() - start)
         memory(record, "beside the engine")
-        check_noise(record, MODEL, sampler)
-        check_prompt_logprobs(record, MODEL, client, sampler)
-        check_gaps(record, "at first", client, sampler, gaps)
-        for step in range(3):
-            train_step(client, step, LEARNING_RATE)
-            sampler = client.save_weights_and_get_sampling_client()
-            check_gaps(record, f"after step {step + 1}", client, sampler, gaps)
-        sync_parts(record, client)
-        check_loads(record, client)
-        for step in range(TOKENIZER_STEPS if ON_GPU else 0):
-            train_step(client, step, 1e-4)
+        # the figures of the aims first
+        with record.going_on("gaps"):
+            check_gaps(record, "at first", client, sampler, gaps)
+            for step in range(3):
+                train_step(client, step, LEARNING_RATE)
+                sampler = client.save_weights_and_get_sampling_client()
+                check_gaps(record, f"after step {step + 1}", client, sampler, gaps)
+        with record.going_on("syncs"):
+            sync_parts(record, client)
         sampler = client.save_weights_and_get_sampling_client()
-        check_stop_string(record, MODEL, sampler)
-        check_gaps(record, "of the trained model", client, sampler, gaps)
+        with record.going_on("noise"):
+            check_noise(record, MODEL, sampler)
+        with record.going_on("prompts"):
+            check_prompt_logprobs(record, MODEL, client, sampler)
+        with record.going_on("loads"):
+            check_loads(record, client)
+        with record.going_on("a trained model"):
+            for step in range(TOKENIZER_STEPS if ON_GPU else 0):
+                train_step(client, step, 1e-4)
+            sampler = client.save_weights_and_get_sampling_client()
+            check_stop_string(record, MODEL, sampler)
+            check_gaps(record, "of the trained model", client, sampler, gaps)
         memory(record, "before closing")
     record.at_most("GiB of tensors that closing left", memory(record, "after closing") - before, 0.1)
     del client  # held until here: the trainer's tensors are in both sums

@@ -49,14 +49,16 @@ case $1 in
 pack) pack "$2" ;;
 1)
   mkdir -p "$keep/site" && cp .light/1/* "$keep/"
-  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$keep/site" "$keep"/*.whl
+  python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --upgrade --target "$keep/site" "$keep"/*.whl ||
+    for wheel in "$keep"/*.whl; do python3 -m zipfile -e "$wheel" "$keep/site"; done
   run_blocks facts,train_step,belief_state "${2:-340}"
   ;;
 2) cp .light/2/* "$keep/" ;;
 3 | 4)
   if [ "$1" = 3 ]; then
     cp .light/3/* "$keep/"
-    cat "$keep"/vllm.tar.xz.* | xz -dc -T0 | tar -xf - -C "$keep/site"
+    cat "$keep"/vllm.tar.xz.* | xz -dc -T0 | tar -xf - -C "$keep/site" || cat "$keep"/vllm.tar.xz.* |
+      python3 -c 'import sys, tarfile; tarfile.open(fileobj=sys.stdin.buffer, mode="r|xz").extractall(sys.argv[1])' "$keep/site"
   fi
   run_blocks half_b_engine,sampling,large_models,learning+star_graph_run "${2:-480}"
   ;;

@@ -129,17 +129,20 @@ def check_model(record: Record, service: ServiceClient, model: str) -> None:
     record.figure(f"{model}: start, s", time.perf_counter() - start)
     record.at_most(f"{model}: |dlogp|", mean_gap(client, sampler), gap_bound())
     record.holds(f"{model}: the program's generators are untouched", draws() == expected)
-    check_noise(record, model, sampler)
-    check_sampling(record, model, client, sampler)
-    check_training(record, model, client)
-    adapted = service.create_lora_training_client(model, rank=8)
-    check_training(record, f"{model} lora", adapted)
+    with record.going_on(f"{model}: noise"):
+        check_noise(record, model, sampler)
+    with record.going_on(f"{model}: sampling"):
+        check_sampling(record, model, client, sampler)
+    with record.going_on(f"{model}: training"):
+        check_training(record, model, client)
+    with record.going_on(f"{model}: LoRA"):
+        check_training(record, f"{model} lora", service.create_lora_training_client(model, rank=8))
 
 
 def check_unmerged(record: Record) -> None:
     """The adapter beside the base's weights: a sync moves it alone. On a GPU passes may read these, too."""
     for lora in ("unmerged", "shared") if torch.cuda.is_available() else ("unmerged",):
-        with ServiceClient(chz.replace(CONFIG, lora=lora)) as service:
+        with record.going_on(f"{lora} LoRA"), ServiceClient(chz.replace(CONFIG, lora=lora)) as service:
             check_training(record, f"tiny {lora} lora", service.create_lora_training_client("tiny", rank=8))
 
 
@@ -149,7 +152,8 @@ def main() -> None:
         with ServiceClient(CONFIG) as service:
             if attempt == "first":
                 for model in ("tiny", "gpt2-tiny"):
-                    check_model(record, service, model)
+                    with record.going_on(model):
+                        check_model(record, service, model)
             else:
                 client = service.create_training_client("tiny", seed=1)
                 record.at_most(

@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.gpu.checks import Record
 from posttrain.backend.config import training_device
+from posttrain.backend.errors import OutOfMemoryError
 
 GIB = 2**30
 
@@ -78,7 +79,7 @@ def attempt(record: Record, name: str, measure: Callable[[], Any]) -> Any:
     start = time.perf_counter()
     try:
         value = measure()
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, OutOfMemoryError):  # the second, of a trainer's pass or step
         value = f"does not fit: out of memory at {peak_gib():.1f} GiB"
     except Exception as error:  # whatever a kernel or a compiler raises: the other figures are still wanted
         value = f"error: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1][:200]}"

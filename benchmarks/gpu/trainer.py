@@ -56,20 +56,34 @@ def gradient_of(trainer: Trainer) -> torch.Tensor:
 def main() -> None:
     record, device = Record(), training_device()
     low = {} if device.type == "cuda" else {"dtype": "bfloat16"}
-    for name, (config, lora, run, temperature) in (CASES | (ON_A_GPU if device.type == "cuda" else {})).items():
-        data = policy_data(12, temperature)
-        with patch("posttrain.backend.trainer.training_device", lambda _: torch.device("cpu")):
-            reference = Trainer("tiny", chz.replace(config, attention="auto"), lora=lora)
-        trainer = Trainer("tiny", chz.replace(config, **low), lora=lora)
-        if device.type == "cuda":
-            record.holds(f"{name}: rows are packed", trainer.packs == (config.attention != "dense"))
-        ours, theirs = run(trainer, data), run(reference, data)
-        record.at_most(f"{name}: |dlogp| mean", float(np.abs(ours - theirs).mean()), LOGPROB_BOUND)
-        a, b = gradient_of(trainer), gradient_of(reference)
-        record.at_most(f"{name}: gradient", float((a - b).norm() / b.norm()), GRADIENT_BOUND)
-        norms = [t.optim_step(AdamParams(1e-3)).metrics["grad_norm"] for t in (trainer, reference)]
-        record.at_most(f"{name}: gradient's norm", abs(norms[0] / norms[1] - 1), GRADIENT_BOUND)
+    for name, case in (CASES | (ON_A_GPU if device.type == "cuda" else {})).items():
+        with record.going_on(name):
+            compare(record, name, device, low, *case)
     record.print()
+
+
+def compare(
+    record: Record,
+    name: str,
+    device: torch.device,
+    low: dict[str, str],
+    config: BackendConfig,
+    lora: LoraConfig | None,
+    run: Callable[[Trainer, list[Datum]], np.ndarray],
+    temperature: float,
+) -> None:
+    data = policy_data(12, temperature)
+    with patch("posttrain.backend.trainer.training_device", lambda _: torch.device("cpu")):
+        reference = Trainer("tiny", chz.replace(config, attention="auto"), lora=lora)
+    trainer = Trainer("tiny", chz.replace(config, **low), lora=lora)
+    if device.type == "cuda":
+        record.holds(f"{name}: rows are packed", trainer.packs == (config.attention != "dense"))
+    ours, theirs = run(trainer, data), run(reference, data)
+    record.at_most(f"{name}: |dlogp| mean", float(np.abs(ours - theirs).mean()), LOGPROB_BOUND)
+    a, b = gradient_of(trainer), gradient_of(reference)
+    record.at_most(f"{name}: gradient", float((a - b).norm() / b.norm()), GRADIENT_BOUND)
+    norms = [t.optim_step(AdamParams(1e-3)).metrics["grad_norm"] for t in (trainer, reference)]
+    record.at_most(f"{name}: gradient's norm", abs(norms[0] / norms[1] - 1), GRADIENT_BOUND)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import PreTrainedModel
 
+from posttrain.backend.device_lock import computing
 from posttrain.backend.memory import return_free_memory
 from posttrain.backend.models import load_model, model_folder
 
@@ -79,6 +80,7 @@ class SharedBase:
         return moved
 
 
+@computing()
 def _move(parameters: Iterable[torch.nn.Parameter], device: torch.device) -> None:
     for parameter in parameters:
         parameter.data = parameter.data.to(device)

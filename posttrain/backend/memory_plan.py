@@ -25,7 +25,7 @@ from posttrain.backend.errors import ModelError
 from posttrain.backend.lean_adamw import PIECE, PIECE_BYTES, STEP_BYTES
 from posttrain.backend.logprobs import CHUNK_ELEMENTS
 from posttrain.backend.lora_layers import add_lora
-from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
+from posttrain.backend.memory import GIB, free_on_gpu, kv_bytes_per_token, kv_cache_bytes
 from posttrain.backend.merged_lora import compute_merged
 from posttrain.backend.models import (
     attention_windows,
@@ -336,7 +336,7 @@ def _options(settings: Mapping[str, Any]) -> str:
 def free_bytes(device: torch.device) -> int:
     """What this process may still take: of the GPU, or of the machine, within its control group."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        return free_on_gpu(device)
     if device.type == "mps":
         return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
     free = [1024 * _number_after("MemAvailable:", Path("/proc/meminfo"))]

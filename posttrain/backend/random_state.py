@@ -36,20 +36,23 @@ def global_generators_kept() -> Iterator[None]:
 
 
 class OwnTorchGenerators:
-    """Inside `with`, torch's global generators are this engine's; outside, the program's. The
-    engine's begin as copies. Without keeping them, every decode step would have the same noise."""
+    """Inside `with`, torch's global generators are an engine's: a function of its seed and of how often
+    it was entered. Outside, the program's. Without them every decode step would have the same noise; kept
+    states might be earlier ones, which torch puts back in another thread after it has compiled something."""
 
-    def __init__(self, cuda: bool):
-        self._cuda = cuda
-        self._engine_states = _torch_states(cuda)
+    def __init__(self, cuda: bool, seed: int):
+        self._cuda, self._seed, self._count = cuda, seed, 0
 
     def __enter__(self) -> None:
         _in_use.acquire()
         self._program_states = _torch_states(self._cuda)
-        _set_torch_states(self._engine_states)
+        self._count += 1
+        seed = hash((self._seed, self._count)) % 2**63
+        torch.default_generator.manual_seed(seed)
+        if self._cuda:
+            torch.cuda.manual_seed_all(seed)
 
     def __exit__(self, *exc: object) -> None:
-        self._engine_states = _torch_states(self._cuda)
         _set_torch_states(self._program_states)
         _in_use.release()
 

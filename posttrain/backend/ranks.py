@@ -17,6 +17,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from posttrain.backend.config import training_device
+from posttrain.backend.errors import ConfigError
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
@@ -88,7 +89,19 @@ def join(rank: int, count: int, store: Any = None) -> Processes:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=TIMEOUT, rank=rank, world_size=count, store=store)
-    return Processes(rank, count)
+    processes = Processes(rank, count)
+    if device.type == "cuda":
+        check_own_gpus(processes.gathered(str(torch.cuda.get_device_properties(device).uuid)))
+    return processes
+
+
+def check_own_gpus(uuid_R: Sequence[str]) -> None:
+    """ConfigError where two ranks are on one GPU: NCCL would fail in their first exchange."""
+    if (found := len(set(uuid_R))) < len(uuid_R):
+        raise ConfigError(
+            f"{len(uuid_R)} training processes were started on {found} GPU{'s' if found > 1 else ''}, and each needs one "
+            f"of its own: start {found} (torchrun --nproc-per-node), or one without torchrun"
+        )
 
 
 @contextmanager

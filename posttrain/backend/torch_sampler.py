@@ -42,6 +42,7 @@ MOST_STOPS = 64  # that are remembered, each with a mark for every token it has 
 
 
 class TorchSampler:
+    @computing()
     def __init__(
         self,
         model: PreTrainedModel,

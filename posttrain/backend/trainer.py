@@ -78,6 +78,7 @@ class Trainer:
     _part = (0, 1)  # rank, and number of ranks that pass over the data
     writes = True  # checkpoints; of several ranks, the first
 
+    @computing()
     def __init__(
         self,
         model_name: str,
@@ -430,17 +431,21 @@ class Trainer:
 
     # --- checkpoints -----------------------------------------------------------------------------
 
+    @computing()
     def check_finite(self) -> None:
         """NonFiniteError if a weight, or its optimizer state, is NaN or infinite."""
         check_finite(self.trained.stepped, self.optimizer)
 
+    @computing()
     def save_state(self, tokenizer: PreTrainedTokenizerBase, path: Path, extra: dict[str, Any]) -> None:
         checkpoints.save_state(self, tokenizer, path, extra)
 
+    @computing()
     def save_policy(self, tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
         """In the sampler's dtype, without optimizer."""
         checkpoints.save_policy(self, tokenizer, path, self.compute_dtype)
 
+    @computing()
     def load_state(self, path: Path, with_optimizer: bool) -> None:
         self.kept = None
         checkpoints.load_state(self, path, with_optimizer)

@@ -10,6 +10,10 @@ from transformers import PreTrainedModel
 
 from posttrain.backend.errors import ConfigError
 
+# Nothing in a layer is random. torch would put the global generators back to where they were in the forward pass,
+# and with them those that an engine draws from meanwhile.
+CHECKPOINTING = {"use_reentrant": False, "preserve_rng_state": False}
+
 
 def switch_off_dropout(model: nn.Module) -> None:
     """Modules of dropout, and the probabilities that layers hand to functions (of dropout, of skipped layers)."""
@@ -27,7 +31,7 @@ def _switch_off(owner: object) -> None:
 
 def checkpoint_gradients(hf_model: PreTrainedModel, model_name: str) -> None:
     try:
-        hf_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        hf_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
     except ValueError as error:
         raise ConfigError(
             f"backend.gradient_checkpointing: transformers cannot recompute the layers of {model_name!r}: leave it out"

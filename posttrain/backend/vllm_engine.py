@@ -116,7 +116,7 @@ class VllmEngine:
             except Exception as error:  # any error of vLLM with an unknown model
                 self._shut_down()
                 raise error if isinstance(error, CookbookError) else refusal(error, hf_config) from error
-            self._generators = OwnTorchGenerators(device.type == "cuda")
+            self._generators = OwnTorchGenerators(device.type == "cuda", args["seed"])
             _live_engines.add(self)
         # Where noise is a function of seed and position, a seed costs nothing; elsewhere a launch
         # per row.
@@ -211,6 +211,8 @@ class VllmEngine:
     def _wake(self) -> None:
         if self._asleep:
             with _computing, computing():
+                # vLLM takes its memory from the card, past torch, which keeps what passes have freed
+                torch.cuda.empty_cache()
                 self._engine.wake_up()
             self._asleep = False
 

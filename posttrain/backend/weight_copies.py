@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from posttrain.backend.device_lock import computing
 from posttrain.backend.merged_lora import (
     AdaptedWeights,
     LayerUpdate,
@@ -44,6 +45,7 @@ class SampledModel:
             return sum(update.a_RI.nbytes + update.b_OR.nbytes for update in updates.values())
         return sum(parameter.numel() for parameter in self.model.parameters()) * self.dtype.itemsize
 
+    @computing()
     @torch.no_grad()
     def copied_weights(self) -> WeightCopy:
         """The sampler's weights as they are now."""
