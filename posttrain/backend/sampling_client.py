@@ -47,13 +47,6 @@ class SamplingClient(Ready):
         self._closed = False
 
     @property
-    def policy_version(self) -> int:
-        """The weight version: of the snapshot, or live with `follow`."""
-        version = self._version or self._policy.newest
-        assert version
-        return version.number
-
-    @property
     def num_replicas(self) -> int:
         """Engines in processes of their own that answer; 1 for the one in this process."""
         return self._engine.num_replicas if isinstance(self._engine, SamplerPool) else 1
