@@ -17,13 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from posttrain.backend.adapters import open_merged, read_base
 from posttrain.backend.atomic_folder import atomic_folder
-from posttrain.backend.checkpoint_files import (
-    INDEX_FILE,
-    STATE_FILE,
-    check_readable,
-    is_adapter,
-    read_json,
-)
+from posttrain.backend.checkpoint_files import INDEX_FILE, STATE_FILE, check_readable, is_adapter, read_json
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.hub import hub_reason
 from posttrain.backend.ranges import SEED

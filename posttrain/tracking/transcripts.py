@@ -79,7 +79,9 @@ def write_transcripts(
         for m, member in enumerate(group.members)
     ]
     write_jsonl(page.with_suffix(".jsonl"), map(_finite, lines))
-    write_atomically(page, _page(iteration, groups, max_html_groups))
+    title, rest = f"iteration {iteration}", f"all are in {iteration:06d}.jsonl"
+    links = {"index.html": "all iterations"}
+    write_atomically(page, transcript_page(title, groups, max_html_groups, rest, links))
     update_index(folder, _entry(iteration, groups))
     return page
 
@@ -103,11 +105,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list) else value
-
-
-def _page(iteration: int, groups: Sequence[TranscriptGroup], max_groups: int) -> str:
-    title, rest = f"iteration {iteration}", f"all are in {iteration:06d}.jsonl"
-    return transcript_page(title, groups, max_groups, rest, {"index.html": "all iterations"})
 
 
 def transcript_page(
