@@ -120,18 +120,13 @@ class Engines:
         def start(index: int) -> RayReplica:
             return RayReplica(cluster, ranks + index if reserved else None, hf_config, tokenizer, max_length)
 
-        count = 1 if frozen else config.sampler_replicas
-        first, self._num_replicas = self._num_replicas, self._num_replicas + count
-        return SamplerPool(
-            start,
-            count,
-            cluster.folder,
+        count, restarts, seconds = (
+            1 if frozen else config.sampler_replicas,
             config.sampler_restarts,
             config.call_seconds,
-            is_reproducible(config),
-            self._spans,
-            first,
         )
+        first, self._num_replicas = self._num_replicas, self._num_replicas + count
+        return SamplerPool(start, count, cluster.folder, restarts, seconds, is_reproducible(config), self._spans, first)
 
     def open_saved(self, path: str, seed: int = 0) -> SamplingClient:
         """The frozen policy of a folder. An adapter is merged into its base, or with

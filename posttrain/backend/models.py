@@ -77,9 +77,8 @@ def _shape(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, contex
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": context,
         "tie_word_embeddings": True,
-        "initializer_range": hidden
         # the usual 0.02 suits models ten times as wide; narrow ones then learn five times slower
-        ** -0.5,
+        "initializer_range": hidden**-0.5,
     }
 
 
@@ -133,12 +132,9 @@ def whole_config(model_name: str) -> PretrainedConfig:
         raise ModelError(f"{model_name!r} cannot be opened: {_reason(error, path)}") from error
     ask_for_whole_weights(model_name, config)
     if not is_text:
-        reads_more = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        why = (
-            "reads pictures besides text, and transformers has its text model only as a part of it"
-            if reads_more
-            else "is not a causal language model"
-        )
+        why = "is not a causal language model"
+        if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            why = "reads pictures besides text, and transformers has its text model only as a part of it"
         raise ModelError(f"{model_name!r} cannot be opened: {config.model_type} {why}")
     return config
 
@@ -157,9 +153,8 @@ def model_folder(name: str, weights: bool = False) -> Path:
         raise ModelError(f"{name!r} is neither a preset nor a local folder{hint}")
     if "/" in name and path.parent.is_dir():  # a folder's name, rather than the hub's
         siblings = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
-        hint = f"; the folder {path.parent} is here, and has no {path.name} in it" + (
-            f"; did you mean {path.parent / siblings[0]}?" if siblings else ""
-        )
+        hint = f"; the folder {path.parent} is here, and has no {path.name} in it"
+        hint += f"; did you mean {path.parent / siblings[0]}?" if siblings else ""
     try:
         return hub_folder(name, weights)
     except ModelError as error:
@@ -198,20 +193,9 @@ def _is_no_model(path: Path) -> str:
 
 # What transformers, safetensors and the hub raise for a model that is damaged, absent or unknown.
 LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    EOFError,
-    pickle.UnpicklingError,
-    SafetensorError,
-    StrictDataclassError,
+    *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, EOFError),
+    *(pickle.UnpicklingError, SafetensorError, StrictDataclassError),
 )
-
-
 # What a model raises in a pass over tokens that it does not support.
 PASS_ERRORS = (*LOAD_ERRORS, IndexError, AssertionError)
 
@@ -261,9 +245,8 @@ def context_length(model_name: str, max_length: int | None = None) -> int:
     limit, why = int(getattr(config, "max_position_embeddings", DEFAULT_MAX_LENGTH)), ""
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        original = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", limit
-        )
+        key = "original_max_position_embeddings"
+        original = rope.get(key) or getattr(config, key, limit)
         limit, why = min(limit, int(original)), " with one set of rotations (LongRoPE changes them beyond)"
     if window := getattr(config, "keep_window_size", None):
         limit, why = min(limit, window), " that its layers do not choose from (Doge counts padding, too)"
@@ -468,9 +451,8 @@ def _is_savable(settings: Any) -> bool:
 def _join_end_tokens(model: PreTrainedModel) -> None:
     """Adds generation_config.json's end tokens to the config, which both samplers read."""
     generation = model.generation_config
-    ids = dict.fromkeys(
-        [*_as_list(model.config.eos_token_id), *_as_list(generation.eos_token_id if generation else None)]
-    )
+    of_generation = _as_list(generation.eos_token_id if generation else None)
+    ids = dict.fromkeys([*_as_list(model.config.eos_token_id), *of_generation])
     if len(ids) > 1:
         model.config.eos_token_id = list(ids)
 

@@ -217,11 +217,8 @@ def _of_last(last: int, response: SampleResponse) -> SampleResponse:
     if prompt is None or last >= len(prompt):
         return response
     none = [None] * (len(prompt) - last)
-    return replace(
-        response,
-        prompt_logprobs=[*none, *prompt[-last:]],
-        topk_prompt_logprobs=topk and [*none, *topk[-last:]],
-    )
+    prompt, topk = [*none, *prompt[-last:]], topk and [*none, *topk[-last:]]
+    return replace(response, prompt_logprobs=prompt, topk_prompt_logprobs=topk)
 
 
 def _check_topk(vocabulary: int, **given: int) -> None:

@@ -52,12 +52,8 @@ class TorchSampler:
     ):
         self._dtype = compute_dtype(device, config)
         self._model: Any = cast_weights(model.to(device), self._dtype).eval()  # type: ignore[arg-type]
-        self._tokenizer, self._max_length, self._max_num_seqs, self._device = (
-            tokenizer,
-            max_length,
-            config.max_num_seqs,
-            device,
-        )
+        self._tokenizer, self._device = tokenizer, device
+        self._max_length, self._max_num_seqs = max_length, config.max_num_seqs
         self._transform, self._end_ids = logit_transform(model.config), end_token_ids(model.config, tokenizer)
         self._unmerged, self._shares = config.lora != "merged", config.lora == "shared"
         self._borrows = False  # the weights of passes
@@ -167,10 +163,7 @@ class TorchSampler:
     ) -> torch.Tensor:
         decoder = decoder_of(self._model)
         return decoder(
-            input_ids=tokens_BT,
-            attention_mask=mask_BT,
-            position_ids=positions_BT,
-            **with_cache(decoder, cache),
+            input_ids=tokens_BT, attention_mask=mask_BT, position_ids=positions_BT, **with_cache(decoder, cache)
         ).last_hidden_state
 
     def _check_head(self) -> None:
@@ -238,10 +231,8 @@ class TorchSampler:
             if k is None:
                 continue
             targets = torch.tensor(prompt[1:], device=self._device)
-            row.prompt_logprobs = [
-                None,
-                *target_logprobs(hidden_TH, head, targets[:, None], transform=self._transform)[:, 0].tolist(),
-            ]
+            logprobs_T = target_logprobs(hidden_TH, head, targets[:, None], transform=self._transform)[:, 0]
+            row.prompt_logprobs = [None, *logprobs_T.tolist()]
             if k > 0:
                 row.topk_prompt_logprobs = [None, *self._topk(hidden_TH, targets, k)]
 
@@ -255,9 +246,8 @@ class TorchSampler:
             logprobs_TV = self._distributions(hidden_TH, slice(start, start + ROWS))
             for logprobs_V, target in zip(logprobs_TV, targets_T[start:].tolist(), strict=False):
                 tokens = {*logprobs_V.topk(k).indices.tolist(), target}
-                entries.append(
-                    sorted(((token, float(logprobs_V[token])) for token in tokens), key=lambda entry: -entry[1])
-                )
+                found = [(token, float(logprobs_V[token])) for token in tokens]
+                entries.append(sorted(found, key=lambda entry: -entry[1]))
         return entries
 
     def _stop(self, params: SamplingParams) -> "_Stop":
@@ -341,12 +331,8 @@ class _Row:
     def sampled(self) -> Sampled:
         assert self.finish is not None
         topk = self.topk if self.request.topk_sample else None
-        return Sampled(
-            SampledSequence(self.tokens, self.logprobs, self.finish, topk),
-            self.prompt_logprobs,
-            self.topk_prompt_logprobs,
-            self.scored,
-        )
+        sequence = SampledSequence(self.tokens, self.logprobs, self.finish, topk)
+        return Sampled(sequence, self.prompt_logprobs, self.topk_prompt_logprobs, self.scored)
 
 
 def _add_update(
@@ -368,9 +354,8 @@ def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
     logprobs_BV = logits_BV.log_softmax(-1)
     uniform_B = torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device=logits_BV.device)
     cdf_BV = logprobs_BV.double().exp().cumsum(-1)
-    drawn_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0].clamp(
-        max=logits_BV.shape[-1] - 1
-    )
+    drawn_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0]
+    drawn_B = drawn_B.clamp(max=logits_BV.shape[-1] - 1)
     next_B = torch.where(greedy_B, logits_BV.argmax(-1), drawn_B)
     chosen_B = logprobs_BV.gather(-1, next_B[:, None])[:, 0]
     for b, row in enumerate(rows):
@@ -387,9 +372,8 @@ def _truncate(logits_BV: torch.Tensor, params_B: list[SamplingParams]) -> torch.
     if all(params.top_k <= 0 and params.top_p >= 1 for params in params_B):
         return logits_BV
     vocabulary = logits_BV.shape[-1]
-    top_k_B = torch.tensor(
-        [params.top_k if params.top_k > 0 else vocabulary for params in params_B], device=logits_BV.device
-    )
+    counts = [params.top_k if params.top_k > 0 else vocabulary for params in params_B]
+    top_k_B = torch.tensor(counts, device=logits_BV.device)
     top_p_B = torch.tensor([params.top_p for params in params_B], device=logits_BV.device)
     sorted_BV, order_BV = logits_BV.sort(-1, descending=True)
     sorted_BV = sorted_BV.masked_fill(torch.arange(vocabulary, device=logits_BV.device) >= top_k_B[:, None], -torch.inf)

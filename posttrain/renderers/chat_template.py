@@ -201,15 +201,10 @@ class ChatTemplateRenderer:
         try:
             for reply in PROBE_REPLIES:
                 messages += [Message(role="user", content="Is it so?")]
-                spoken = [
-                    *self._render(messages, add_generation_prompt=True),
-                    *encode(self.tokenizer, self.before_reply + reply),
-                    self.end_of_turn,
-                ]
+                prompt, answer = self._render(messages, True), encode(self.tokenizer, self.before_reply + reply)
+                spoken = [*prompt, *answer, self.end_of_turn]
                 messages += [Message(role="assistant", content=reply)]
-                following = self._render(
-                    [*messages, Message(role="user", content="And now?")], add_generation_prompt=True
-                )
+                following = self._render([*messages, Message(role="user", content="And now?")], True)
                 if following[: len(spoken)] != spoken:
                     return False
         except DataError:  # a template for a single exchange
@@ -227,10 +222,8 @@ class ChatTemplateRenderer:
             # of one that is lost, the answer would follow nothing; a client's text beside a call may be lost
             if self.writes_tools and not message["content"] and len(calls := get_tool_calls(message)) > 1:
                 self._check_parts({**message, "parts": [*calls]}, i, trained=False)
-        return ModelInput.from_ints(
-            self._render(messages, add_generation_prompt=True)
-            + (encode(self.tokenizer, self.before_reply + prefill) if prefill else [])
-        )
+        begun = encode(self.tokenizer, self.before_reply + prefill) if prefill else []
+        return ModelInput.from_ints(self._render(messages, add_generation_prompt=True) + begun)
 
     def build_supervised_example(
         self, messages: Sequence[Message], train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES

@@ -67,10 +67,8 @@ class Guard:
         if self._api_key and not path.startswith(OPEN_PATHS):
             given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), self._api_key.encode()):
-                return (
-                    401,
-                    "wrong or missing API key: give the key the server was started with (TINKER_API_KEY, OPENAI_API_KEY)",
-                )
+                wanted = "give the key the server was started with (TINKER_API_KEY, OPENAI_API_KEY)"
+                return 401, f"wrong or missing API key: {wanted}"
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 15 or int(length) > MOST_BODY_BYTES:
             return 413, _too_large()

@@ -71,14 +71,8 @@ class Run:
         config = self.config
         if config.save_minutes is not None and self.must_stop is not bool:
             raise ConfigError("save_minutes: processes that train together save by steps; use save_every")
-        self._checkpointer = Checkpointer(
-            self.folder,
-            self.client,
-            config.save_every,
-            config.keep_checkpoints,
-            config.save_minutes,
-            config.save_tokens,
-        )
+        when = config.save_every, config.keep_checkpoints, config.save_minutes, config.save_tokens
+        self._checkpointer = Checkpointer(self.folder, self.client, *when)
         self.first_step = self._checkpointer.start(load_checkpoint_path, self.num_steps, self.ends_early is not None)
         self.resumed_extra = self._checkpointer.resumed_extra
         if self._checkpointer.finished and not self._checkpointer.nothing_left:

@@ -151,13 +151,11 @@ def _group(number: int, group: TranscriptGroup, scale: float) -> str:
     hint = " ".join(prompts[0].split())[-120:] if prompts else ""
     shared = prompts[0] if len(set(prompts)) == 1 else None
     head = f'<div class="shared"><pre class="ob">{_visible(shared)}</pre></div>' if shared is not None else ""
-    members = head + (
-        _games(group, scale, shared) if group.num_seats else _members("rollout", group.members, scale, shared)
-    )
+    games = _games(group, scale, shared) if group.num_seats else _members("rollout", group.members, scale, shared)
     opened = " open" if number == 0 else ""
     return (
         f'<details class="group"{opened}><summary><span class="name">group {number}</span>{tags}'
-        f'<span class="chips">{chips}</span><span class="hint">{escape(hint)}</span></summary>{members}</details>'
+        f'<span class="chips">{chips}</span><span class="hint">{escape(hint)}</span></summary>{head}{games}</details>'
     )
 
 
