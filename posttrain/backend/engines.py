@@ -120,11 +120,8 @@ class Engines:
         def start(index: int) -> RayReplica:
             return RayReplica(cluster, ranks + index if reserved else None, hf_config, tokenizer, max_length)
 
-        count, restarts, seconds = (
-            1 if frozen else config.sampler_replicas,
-            config.sampler_restarts,
-            config.call_seconds,
-        )
+        count, restarts, seconds = config.sampler_replicas, config.sampler_restarts, config.call_seconds
+        count = 1 if frozen else count
         first, self._num_replicas = self._num_replicas, self._num_replicas + count
         return SamplerPool(start, count, cluster.folder, restarts, seconds, is_reproducible(config), self._spans, first)
 

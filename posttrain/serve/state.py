@@ -20,7 +20,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, LoraConfig, ModelInput, SamplingParams
 from posttrain.serve.bases import BaseModel
-from posttrain.serve.order import GAP_SECONDS, InOrder
+from posttrain.serve.order import GAP_SECONDS, NumberedQueue
 from posttrain.serve.requests import PROTOBUF, Answer, Request, Requests, json_answer
 from posttrain.serve.sessions import Model, Sampler, Session
 from posttrain.serve.store import Checkpoint, Run, Store, check_name, now
@@ -212,7 +212,7 @@ class State:
         answer: dict[str, str],
     ) -> Request:
         task = asyncio.create_task(opened())
-        queue = InOrder(asyncio.shield(task), _refuse_gradient, self.limits.gap_seconds)
+        queue = NumberedQueue(asyncio.shield(task), _refuse_gradient, self.limits.gap_seconds)
         model = Model(run, session, task, queue)
         self.models[run.training_run_id] = session.models[run.training_run_id] = model
         self.store.add_run(run)

@@ -77,9 +77,8 @@ def _evaluation(source: ModelSource, folder: Path) -> str:
         raise ConfigError(f"{folder} evaluates {labels}, not {source.label}: evaluate this model first")
     env = results["settings"]["env"]["class"].partition(":")[2]
     rows = [(metric, _estimate(estimate)) for metric, estimate in model["metrics"].items()]
-    return f"## Evaluation\n\n`{env}`, {model['problems']} problems, mean ± standard error:\n\n" + _table(
-        ("metric", "value"), rows
-    )
+    table = _table(("metric", "value"), rows)
+    return f"## Evaluation\n\n`{env}`, {model['problems']} problems, mean ± standard error:\n\n{table}"
 
 
 def _estimate(estimate: Mapping[str, Any]) -> str:
