@@ -19,12 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.backend import checkpoints, out_of_memory
 from posttrain.backend.adapters import fingerprint
-from posttrain.backend.attention import (
-    check_setting,
-    dense_mask,
-    masks_of_layers,
-    tree_mask,
-)
+from posttrain.backend.attention import check_setting, dense_mask, masks_of_layers, tree_mask
 from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.batching import WIDTH_BUCKET, MicroBatch, Positions, micro_batches
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
@@ -130,8 +125,8 @@ class Trainer:
             self._check_head()
         pack_rows(self)
         self.compiles = config.compile
-        if self.compiles:
-            self._compile_layers()
+        for layer in self._layers() if self.compiles else ():
+            layer.compile()  # one graph for a kind: of each width and number of rows at first, then of all
 
     def _load(self, dtype: torch.dtype) -> PreTrainedModel:
         return load_model(self.model_name, self.seed, self.device, dtype)
@@ -286,11 +281,8 @@ class Trainer:
             if len(batches) > 1:
                 for p_NK in parts:
                     p_NK.requires_grad_()
-            logprobs_D = _split_by_datum(
-                data_D,
-                [positions for batch in batches for positions in (batch.loss, batch.others)],
-                [p_NK.cpu() for p_NK in parts],
-            )
+            positions = [positions for batch in batches for positions in (batch.loss, batch.others)]
+            logprobs_D = _split_by_datum(data_D, positions, [p_NK.cpu() for p_NK in parts])
             loss, metrics = fn(list(data_D), logprobs_D)
             check_loss(loss)
             loss.backward()
@@ -336,11 +328,6 @@ class Trainer:
             return mask
 
         return masks_of_layers(make, self.windows)
-
-    def _compile_layers(self) -> None:
-        """One graph for all layers of a kind, for each width and number of rows at first, then for all."""
-        for layer in self._layers():
-            layer.compile()
 
     def _layers(self) -> Iterable[nn.Module]:
         return getattr(decoder_of(self.base), "layers", None) or getattr(decoder_of(self.base), "h", [])
@@ -466,10 +453,8 @@ class Trainer:
         return self.sampled.sampler_weights()
 
     def info(self) -> GetInfoResponse:
-        parameters, trainable = (
-            sum(p.numel() for p in self.model.parameters()),
-            sum(p.numel() for p in self.named_trainable.values()),
-        )
+        parameters = sum(p.numel() for p in self.model.parameters())
+        trainable = sum(p.numel() for p in self.named_trainable.values())
         dtype = str(self.compute_dtype).removeprefix("torch.")
         rank = self.lora.rank if self.lora else 0
         return GetInfoResponse(self.model_name, rank, parameters, trainable, self.max_length, str(self.device), dtype)
