@@ -281,7 +281,7 @@ class Trainer:
             if len(batches) > 1:
                 for p_NK in parts:
                     p_NK.requires_grad_()
-            positions = [positions for batch in batches for positions in (batch.loss, batch.others)]
+            positions = [at for batch in batches for at in (batch.loss, batch.others)]
             logprobs_D = _split_by_datum(data_D, positions, [p_NK.cpu() for p_NK in parts])
             loss, metrics = fn(list(data_D), logprobs_D)
             check_loss(loss)
