@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.backend.adapters import adapts_inner_layers, is_plain, open_merged, open_on_shared
+from posttrain.backend.architectures import embedding_rows
 from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.checkpoint_files import check_readable, is_adapter
 from posttrain.backend.cluster import Cluster
@@ -19,7 +20,7 @@ from posttrain.backend.data_checks import not_finite
 from posttrain.backend.engine import EngineThread
 from posttrain.backend.errors import ConfigError, EngineError, ModelError
 from posttrain.backend.merged_lora import layer_updates
-from posttrain.backend.models import checkpoint_folder, context_length, embedding_rows, load_model
+from posttrain.backend.models import checkpoint_folder, context_length, load_model
 from posttrain.backend.new_engine import is_reproducible, new_engine
 from posttrain.backend.openmp import release_workers
 from posttrain.backend.placement import check_heads

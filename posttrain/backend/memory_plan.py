@@ -19,6 +19,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from posttrain.backend.architectures import attention_windows, decoder_of, experts_per_token
 from posttrain.backend.attention import packs
 from posttrain.backend.batching import SHARED_ROW_TOKENS
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
@@ -28,15 +29,7 @@ from posttrain.backend.logprobs import CHUNK_ELEMENTS
 from posttrain.backend.lora_layers import add_lora
 from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
 from posttrain.backend.merged_lora import compute_merged
-from posttrain.backend.models import (
-    attention_windows,
-    cast_weights,
-    context_length,
-    decoder_of,
-    experts_per_token,
-    model_config,
-    new_model,
-)
+from posttrain.backend.models import cast_weights, context_length, model_config, new_model
 from posttrain.backend.types import LoraConfig
 from posttrain.backend.vllm_lora import tokens_of_a_step
 from posttrain.backend.vllm_settings import lora_room, samples_with_vllm

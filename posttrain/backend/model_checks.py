@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from posttrain.backend.architectures import decoder_of, embedding_rows
 from posttrain.backend.attention import kernel_gap, packs, set_packing
 from posttrain.backend.batching import WIDTH_BUCKET, micro_batches
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ModelError
 from posttrain.backend.logprobs import LogitTransform, fp32_logits, target_logprobs
-from posttrain.backend.models import decoder_of, embedding_rows
 from posttrain.backend.trained_model import TrainedModel
 from posttrain.backend.types import Datum, ModelInput
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from posttrain.backend.architectures import decoder_of, embedding_rows, logit_transform, with_cache
 from posttrain.backend.config import BackendConfig, compute_dtype
 from posttrain.backend.device_lock import computing
 from posttrain.backend.engine import Sampled, SequenceRequest, Weights
@@ -22,15 +23,7 @@ from posttrain.backend.errors import ModelError
 from posttrain.backend.logprobs import fp32_logits, target_logprobs
 from posttrain.backend.merged_lora import AdaptedWeights
 from posttrain.backend.model_checks import check_head
-from posttrain.backend.models import (
-    cast_weights,
-    decoder_of,
-    embedding_rows,
-    end_token_ids,
-    fails_as,
-    logit_transform,
-    with_cache,
-)
+from posttrain.backend.models import cast_weights, end_token_ids, fails_as
 from posttrain.backend.prompt_scores import ROWS, ScoredPrompt, score_prompt
 from posttrain.backend.types import SampledSequence, SamplingParams, StopReason
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.backend import checkpoints, out_of_memory
 from posttrain.backend.adapters import fingerprint
+from posttrain.backend.architectures import attention_windows, decoder_of, embedding_rows, logit_transform
 from posttrain.backend.attention import check_setting, dense_mask, masks_of_layers, tree_mask
 from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.batching import WIDTH_BUCKET, MicroBatch, Positions, micro_batches
@@ -34,16 +35,7 @@ from posttrain.backend.losses import LossFn
 from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.merged_lora import compute_merged
 from posttrain.backend.model_checks import check_head, check_rows, pack_rows
-from posttrain.backend.models import (
-    attention_windows,
-    cast_weights,
-    context_length,
-    decoder_of,
-    embedding_rows,
-    fails_as,
-    load_model,
-    logit_transform,
-)
+from posttrain.backend.models import cast_weights, context_length, fails_as, load_model
 from posttrain.backend.trained_weights import TrainedWeights
 from posttrain.backend.training_mode import checkpoint_gradients, switch_off_dropout
 from posttrain.backend.types import (

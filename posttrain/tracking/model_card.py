@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.backend.architectures import kernel_of_attention
 from posttrain.backend.errors import ConfigError, ModelError
-from posttrain.backend.models import PRESETS, kernel_of_attention, looks_like_path, model_config, whole_config
+from posttrain.backend.models import PRESETS, looks_like_path, model_config, whole_config
 from posttrain.backend.text_models import text_model_of
 from posttrain.tracking.jsonl import read_json
 from posttrain.tracking.metrics_log import IMPORTANT, format_number, last_metrics, read_metrics
