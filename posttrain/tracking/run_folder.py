@@ -250,5 +250,6 @@ def _ask_about(path: Path, different: Changes) -> None:
     if not sys.stdin.isatty() or _answer(f"{text}. [c]ontinue with the new settings, or [q]uit? ", "cq") == "q":
         raise ConfigError(
             f"{text}: give the settings of before, behavior_if_log_dir_exists=resume_changed to go on with the new "
-            "ones, or another log_path"
+            "ones, "
+            "or another log_path"
         )
