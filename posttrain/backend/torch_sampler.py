@@ -239,8 +239,9 @@ class TorchSampler:
             logprobs_TV = self._distributions(hidden_TH, slice(start, start + ROWS))
             for logprobs_V, target in zip(logprobs_TV, targets_T[start:].tolist(), strict=False):
                 tokens = {*logprobs_V.topk(k).indices.tolist(), target}
-                found = [(token, float(logprobs_V[token])) for token in tokens]
-                entries.append(sorted(found, key=lambda entry: -entry[1]))
+                entries.append(
+                    sorted(((token, float(logprobs_V[token])) for token in tokens), key=lambda entry: -entry[1])
+                )
         return entries
 
     def _stop(self, params: SamplingParams) -> "_Stop":
