@@ -138,9 +138,8 @@ def saved(service: ServiceClient, kind: str) -> tuple[Path, dict[str, Callable[[
         client = belief_state_client()
         client.forward_backward(BATCH)
         client.optim_step(AdamParams(1e-3)).result()
-        return Path(
-            client.save_state(str(service.checkpoint_path(kind)), extra={"next_step": 1}).result().path
-        ), belief_state_ways()
+        path = str(service._checkpoint_dir / kind)
+        return Path(client.save_state(path, extra={"next_step": 1}).result().path), belief_state_ways()
     if kind == "scalar":
         client = service.create_scalar_client("micro")
         client.forward_backward_custom(SCALAR_DATA, lambda data, s: (torch.cat(s).sub(1).square().sum(), {}))

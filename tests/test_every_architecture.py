@@ -32,12 +32,13 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
+from posttrain.backend.architectures import FULL_ATTENTION, WINDOWED_ATTENTION
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.engine import SequenceRequest
 from posttrain.backend.errors import ConfigError, ModelError
 from posttrain.backend.lora_layers import add_lora
 from posttrain.backend.merged_lora import base_weights, layer_updates, merged_weights
-from posttrain.backend.models import FULL_ATTENTION, WINDOWED_ATTENTION, model_config
+from posttrain.backend.models import model_config
 from posttrain.backend.text_models import check_text_only, text_model_of
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.torch_sampler import TorchSampler

@@ -15,7 +15,7 @@ from posttrain.backend.engine import SequenceRequest
 from posttrain.backend.errors import EngineError, StaleSamplerError
 from posttrain.backend.futures import APIFuture
 from posttrain.backend.routing import Router, SamplingGroup, sampling_group
-from posttrain.backend.sampler_pool import Progress, SamplerPool
+from posttrain.backend.sampler_pool import SamplerPool
 from posttrain.backend.spans import Spans
 from posttrain.backend.types import SampledSequence, SampleResponse, SamplingParams
 from posttrain.backend.weight_files import FileWeights
@@ -124,7 +124,7 @@ class FakeReplica:
         return done(0.0)
 
     def progress(self) -> Future:
-        return failed(ProcessLost("dead")) if self.dead else done(Progress(self.steps))
+        return failed(ProcessLost("dead")) if self.dead else done(self.steps)
 
     def kill(self) -> None:
         self.dead = True

@@ -16,7 +16,7 @@ from posttrain.backend.errors import CheckpointError, ConfigError, DataError
 from posttrain.serve import guard
 from posttrain.serve.bases import open_bases
 from posttrain.serve.command import ServeConfig, _joined_models, api_key, main, substitutes
-from posttrain.serve.order import InOrder
+from posttrain.serve.order import NumberedQueue
 from posttrain.serve.requests import Answer, Requests, json_answer
 from posttrain.serve.sdk_versions import check_version
 from posttrain.serve.store import Run, Store
@@ -85,7 +85,7 @@ def test_a_checkpoint_whose_record_finds_no_room_leaves_no_files(tmp_path: Path)
 )
 def test_the_guard(headers: dict[str, str], status: int) -> None:
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await guard._answer(send, 200, "in", scope["path"])
+        await guard._answer(200, "in", scope, receive, send)
 
     async def body() -> int:
         transport = httpx.ASGITransport(guard.Guard(app, "127.0.0.1", "tml-secret"))
@@ -137,7 +137,7 @@ def test_requests_in_order_whatever_order_they_arrive_in() -> None:
     async def body() -> list[int]:
         order: list[int] = []
         opened: asyncio.Future[str] = asyncio.get_running_loop().create_future()
-        queue = InOrder(opened)
+        queue = NumberedQueue(opened)
 
         def start(number: int) -> Callable[[str], Awaitable[Answer]]:
             async def started(client: str) -> Answer:

@@ -21,7 +21,8 @@ from posttrain.tracking.metrics_log import MetricsLog, print_last_metrics, print
 from posttrain.tracking.plots import compare_runs, main, plot_run
 from posttrain.tracking.progress import TrainingProgress, reported
 from posttrain.tracking.run_config import RunConfig as SharedConfig
-from posttrain.tracking.run_folder import RunFolder, config_to_json, open_run_folder
+from posttrain.tracking.run_folder import RunFolder, open_run_folder
+from posttrain.tracking.settings import config_to_json
 from posttrain.tracking.timeline import Span, Timeline
 from posttrain.tracking.transcripts import TranscriptGroup, TranscriptMember, TranscriptTurn, write_transcripts
 from recipes.prm.picture import CHOICES, draw

@@ -59,11 +59,8 @@ class Base:
     fingerprint: str | None = None
 
     def __str__(self) -> str:
-        return (
-            f"{self.name!r} with seed {self.seed}"
-            if self.name in PRESETS and self.seed is not None
-            else repr(self.name)
-        )
+        with_seed = self.name in PRESETS and self.seed is not None
+        return f"{self.name!r} with seed {self.seed}" if with_seed else repr(self.name)
 
 
 def fingerprint(weights: Iterable[tuple[str, torch.Tensor]]) -> str:
@@ -92,14 +89,14 @@ def write_adapter(trainer: TrainedModel, weights: dict[str, torch.Tensor], folde
     assert isinstance(trainer.model, PeftModel)
     name = absolute(trainer.model_name)
     config = trainer.model.peft_config["default"]
-    config.base_model_name_or_path, config.revision = (
-        (name, None) if Path(name).exists() else (name.partition("@")[0], name.partition("@")[2] or None)
-    )
+    repository, _, revision = (name, "", "") if Path(name).exists() else name.partition("@")
+    config.base_model_name_or_path, config.revision = repository, revision or None
     # save_embedding_layers="auto" would ask the hub for the base's config
     trainer.model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
     if (place := getattr(trainer.base, PLACE, "model.")) != "model.":
         _rename(folder, load_file(folder / ADAPTER_FILE), lambda name: name.replace("model.", place, 1))
-    (folder / BASE_FILE).write_text(json.dumps(asdict(base_of(trainer)), indent=2))
+    base = Base(absolute(trainer.model_name), trainer.seed, trainer.base_fingerprint)
+    (folder / BASE_FILE).write_text(json.dumps(asdict(base), indent=2))
 
 
 def _rename(folder: Path, tensors: Mapping[str, torch.Tensor], new_name: Callable[[str], str]) -> None:
@@ -135,10 +132,6 @@ def _of_text_model(path: Path) -> Iterator[Path]:
         (folder / ADAPTER_CONFIG_FILE).write_text(json.dumps(adapter_config(path)))
         _rename(folder, load_file(path / ADAPTER_FILE), name_in_text_model)
         yield folder
-
-
-def base_of(trainer: TrainedModel) -> Base:
-    return Base(absolute(trainer.model_name), trainer.seed, trainer.base_fingerprint)
 
 
 def absolute(model_name: str) -> str:
@@ -351,22 +344,18 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
             f"{path} adapts the embedding or the output layer of {base}, which are one matrix there: merged, the "
             "adapter would change both"
         )
-    adapters = _tensors(adapted).keys()
-    if different := sorted(adapters ^ (saved.keys() - (copies - adapters))):
+    live = _tensors(adapted)
+    if different := sorted(live.keys() ^ (saved.keys() - (copies - live.keys()))):
         if ".lora_" not in different[0] and different[0] in saved:
             raise CheckpointError(_says_changed(path, different[0]))
         raise CheckpointError(
             f"the adapter {path} does not fit its base model {base}: {different[0]} is in only one of the two"
         )
-    _load_tensors(adapted, saved_tensors(path))  # peft leaves out those whose names it converts wrongly
+    with torch.no_grad():  # peft leaves out those whose names it converts wrongly
+        for name, tensor in saved_tensors(path).items():
+            if name in live:
+                live[name].copy_(tensor)
     return adapted
-
-
-@torch.no_grad()
-def _load_tensors(model: PeftModel, saved: Mapping[str, torch.Tensor]) -> None:
-    for name, tensor in _tensors(model).items():
-        if name in saved:
-            tensor.copy_(saved[name])
 
 
 def _tensors(model: PeftModel) -> dict[str, torch.Tensor]:

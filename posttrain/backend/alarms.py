@@ -26,12 +26,10 @@ TAIL = 16  # the last of these are compared; the tokens before are shared
 
 TEXT = (
     "The river rises in the hills to the north and runs for two hundred miles before it meets the sea. In spring the "
-    "melting snow fills it to "
-    "the top of its banks, and the villages along it keep their boats tied high. By late summer a child can walk "
-    "across it at the old ford, "
-    "where the stones are flat and the water is no deeper than 12 inches. Most of the mills that once stood here are "
-    "gone; 3 of the 40 still "
-    "turn, and one of them grinds flour for the bakery in the market square. "
+    "melting snow fills it to the top of its banks, and the villages along it keep their boats tied high. By late "
+    "summer a child can walk across it at the old ford, where the stones are flat and the water is no deeper than 12 "
+    "inches. Most of the mills that once stood here are gone; 3 of the 40 still turn, and one of them grinds flour for "
+    "the bakery in the market square. "
 )
 
 
@@ -95,9 +93,8 @@ class Alarms:
             return
         self._counts[kind] += 1
         self._noted.append(
-            f"{pair} differ by {gap.mean:.3g} nats per token "
-            f"(largest {gap.largest:.3g}; rounding explains {more * self.limit.mean:.2g}). "
-            f"Likely causes: {causes}"
+            f"{pair} differ by {gap.mean:.3g} nats per token (largest {gap.largest:.3g}; rounding explains "
+            f"{more * self.limit.mean:.2g}). Likely causes: {causes}"
         )
 
     def metrics(self) -> dict[str, float]:
@@ -140,16 +137,11 @@ async def check_at_start(
     shared = len(first) - min(TAIL, len(first) // 4)
     data = [_scored(first, shared), _scored(second, shared), _scored(other, 1)]
     together, *alone = [await _values(client, batch) for batch in (data, *([datum] for datum in data))]
-    alarms.compare(
-        "batch",
-        Gap.between(together, [v for values in alone for v in values]),
-        "logprobs in a batch and alone",
-        BATCHED,
-    )
+    apart = [values_T for values in alone for values_T in values]
+    alarms.compare("batch", Gap.between(together, apart), "logprobs in a batch and alone", BATCHED)
     if sampler:
-        compare_with_sampler(
-            alarms, *await sampler_gaps(client, sampler, first, shared, temperature, 2, TAIL), temperature
-        )
+        gaps = await sampler_gaps(client, sampler, first, shared, temperature, 2, TAIL)
+        compare_with_sampler(alarms, *gaps, temperature)
     alarms.decide("comparison at the start")
 
 
@@ -179,9 +171,8 @@ async def sampler_gaps(
     async def asked(replica: int) -> tuple[list[float | None], list[SampledSequence]]:
         with sampling_group((replica,), only=replica):
             whole = await sampler.compute_logprobs_async(ModelInput.from_ints(tokens))
-            return whole, (
-                await sampler.sample_async(ModelInput.from_ints(tokens[:cut]), num_samples, params)
-            ).sequences
+            answer = await sampler.sample_async(ModelInput.from_ints(tokens[:cut]), num_samples, params)
+            return whole, answer.sequences
 
     answers_R = await asyncio.gather(*[asked(replica) for replica in range(sampler.num_replicas)])
     # replicas that drew the same share a pass
@@ -190,15 +181,10 @@ async def sampler_gaps(
     continued = [_scored([*tokens[:cut], *tokens_T], cut, temperature) for drawn in distinct for tokens_T in drawn]
     trained_whole, *trained = await _values(client, [_scored(tokens, 1), *continued])
     trained_of = {drawn: trained[i * num_samples :][:num_samples] for i, drawn in enumerate(distinct)}
-    return (
-        Gap.between(
-            [np.array(whole[1:], dtype=np.float64) for whole, _ in answers_R], [trained_whole] * len(answers_R)
-        ),
-        Gap.between(
-            [np.array(sequence.logprobs) for _, drawn in answers_R for sequence in drawn],
-            [values for drawn in drawn_R for values in trained_of[drawn]],
-        ),
-    )
+    whole_R = [np.array(whole[1:], dtype=np.float64) for whole, _ in answers_R]
+    sampled = [np.array(sequence.logprobs) for _, drawn in answers_R for sequence in drawn]
+    scored = [values for drawn in drawn_R for values in trained_of[drawn]]
+    return Gap.between(whole_R, [trained_whole] * len(whole_R)), Gap.between(sampled, scored)
 
 
 def least_certain(datum: Datum) -> int:

@@ -90,9 +90,7 @@ def micro_batches(
     most = row_tokens or (min(PACKED_TREE_TOKENS, token_budget) if packed else SHARED_ROW_TOKENS)
     rows = [row for family in _families(tokens, carries) for row in _trees(family, most)] if share else []
     if not share or sum(row.length for row in rows) > SHARED_ROWS_PAY * sum(map(len, tokens.values())):
-        rows = [
-            _Row([d], [np.array(tokens_T)], [np.arange(len(tokens_T))], len(tokens_T)) for d, tokens_T in tokens.items()
-        ]
+        rows = [_Row([d], [np.array(ids)], [np.arange(len(ids))], len(ids)) for d, ids in tokens.items()]
     rows.sort(key=lambda row: -row.length)
     batches_R = [_batches(rows, token_budget, packed) for rows in _cut(rows, ranks)]
     batches = [_collate(data_D, rows, carries, device, bucket, packed) for rows in batches_R[rank]]

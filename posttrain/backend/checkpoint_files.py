@@ -43,9 +43,9 @@ def unlike_peft(config: dict[str, Any]) -> str:
         return (
             f"is an adapter of {tool}, which is not read here: merge it there (mlx_lm.fuse), and give the whole model"
         )
-    return (
-        "" if config["peft_type"] == "LORA" else f"is an adapter of type {config['peft_type']}: only LoRA is supported"
-    )
+    if config["peft_type"] != "LORA":
+        return f"is an adapter of type {config['peft_type']}: only LoRA is supported"
+    return ""
 
 
 def why_no_model(name: str, path: Path) -> str:
@@ -94,8 +94,7 @@ def read_state(path: Path) -> dict[str, Any]:
     if state["format"] > FORMAT:
         raise CheckpointError(
             f"{path} was written by a newer version of this project (format {state['format']}, this one reads up to "
-            f"{FORMAT}): "
-            "update the project"
+            f"{FORMAT}): update the project"
         )
     return state
 
@@ -163,11 +162,9 @@ def check_is_checkpoint(path: Path) -> None:
             raise CheckpointError(f"{path} is {says}, not a checkpoint: give its last one, {checkpoints[-1]}")
     if path.is_file() or path.name == STATE_FOLDER:
         raise CheckpointError(f"{path} is a part of a checkpoint: give its folder, {path.parent}")
-    kind = (
-        "a run's folder without a checkpoint"
-        if _is_run(path)
-        else f"not a checkpoint (it has none of {', '.join(sorted(MODEL_FILES))})"
-    )
+    kind = f"not a checkpoint (it has none of {', '.join(sorted(MODEL_FILES))})"
+    if _is_run(path):
+        kind = "a run's folder without a checkpoint"
     raise CheckpointError(f"{path} is {kind}: give a folder that save_state, transformers or peft wrote")
 
 

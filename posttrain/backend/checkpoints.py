@@ -48,17 +48,14 @@ def checkpoint_bytes(trainer: TrainedModel) -> int:
 
 def save_state(trainer: TrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, extra: dict[str, Any]) -> None:
     """A collective call of the ranks."""
-    weights, optimizer = (
-        _weights(trainer),
-        optimizer_tensors(trainer.trained.stepped, trainer.optimizer, trainer.writes),
-    )
+    weights = _weights(trainer)
+    optimizer = optimizer_tensors(trainer.trained.stepped, trainer.optimizer, trainer.writes)
     if not trainer.writes:
         return
     with atomic_folder(path) as folder:
         lora = asdict(trainer.lora) if trainer.lora else None
-        write_state(
-            folder, {"model_name": absolute(trainer.model_name), "seed": trainer.seed, "lora": lora, "extra": extra}
-        )
+        state = {"model_name": absolute(trainer.model_name), "seed": trainer.seed, "lora": lora, "extra": extra}
+        write_state(folder, state)
         _write_policy(trainer, weights, tokenizer, folder)
         save_file(optimizer, folder / STATE_FOLDER / OPTIMIZER_FILE)
 

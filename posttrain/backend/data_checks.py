@@ -146,6 +146,5 @@ def check_finite(named: Mapping[str, torch.Tensor], optimizer: torch.optim.Optim
     if bad := not_finite(tensors):
         raise NonFiniteError(
             f"{len(bad)} of {len(tensors)} tensors are not finite, first {bad[0]!r}: an optimizer step went too far, "
-            "and nothing was "
-            "saved. Go back to the last checkpoint with a lower learning rate, or clip the gradient"
+            "and nothing was saved. Go back to the last checkpoint with a lower learning rate, or clip the gradient"
         )

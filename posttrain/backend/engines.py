@@ -11,6 +11,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.backend.adapters import adapts_inner_layers, is_plain, open_merged, open_on_shared
+from posttrain.backend.architectures import embedding_rows
 from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.checkpoint_files import check_readable, is_adapter
 from posttrain.backend.cluster import Cluster
@@ -19,7 +20,7 @@ from posttrain.backend.data_checks import not_finite
 from posttrain.backend.engine import EngineThread
 from posttrain.backend.errors import ConfigError, EngineError, ModelError
 from posttrain.backend.merged_lora import layer_updates
-from posttrain.backend.models import checkpoint_folder, context_length, embedding_rows, load_model
+from posttrain.backend.models import checkpoint_folder, context_length, load_model
 from posttrain.backend.new_engine import is_reproducible, new_engine
 from posttrain.backend.openmp import release_workers
 from posttrain.backend.placement import check_heads
@@ -120,18 +121,10 @@ class Engines:
         def start(index: int) -> RayReplica:
             return RayReplica(cluster, ranks + index if reserved else None, hf_config, tokenizer, max_length)
 
-        count = 1 if frozen else config.sampler_replicas
+        count, restarts, seconds = config.sampler_replicas, config.sampler_restarts, config.call_seconds
+        count = 1 if frozen else count
         first, self._num_replicas = self._num_replicas, self._num_replicas + count
-        return SamplerPool(
-            start,
-            count,
-            cluster.folder,
-            config.sampler_restarts,
-            config.call_seconds,
-            is_reproducible(config),
-            self._spans,
-            first,
-        )
+        return SamplerPool(start, count, cluster.folder, restarts, seconds, is_reproducible(config), self._spans, first)
 
     def open_saved(self, path: str, seed: int = 0) -> SamplingClient:
         """The frozen policy of a folder. An adapter is merged into its base, or with

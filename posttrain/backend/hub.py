@@ -93,9 +93,8 @@ def hub_reason(error: BaseException, otherwise: str | None = None, reading: bool
     if "LocalTokenNotFoundError" in kinds or status == 401:
         return "the Hugging Face hub needs a login: `hf auth login`, or set HF_TOKEN"
     if status is not None and status >= 400:
-        return f"the Hugging Face hub answered with the error {status}" + (
-            "; try again later" if _may_pass(error) else ""
-        )
+        later = "; try again later" if _may_pass(error) else ""
+        return f"the Hugging Face hub answered with the error {status}{later}"
     if kinds & {*PASSING, "RemoteProtocolError"} or "Consistency check failed" in str(error):
         return "the download from the Hugging Face hub was interrupted: the same command goes on from there"
     if kinds & UNREACHED:

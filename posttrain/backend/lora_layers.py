@@ -38,8 +38,7 @@ def check_rank(model_name: str, lora: LoraConfig) -> None:
     if lora.rank > hidden:
         raise ConfigError(
             f"lora_rank={lora.rank} is more than the hidden size of {model_name!r}, {hidden}: it would have more "
-            "weights "
-            "than it adapts; choose 8 to 64, or lora_rank=0 to train all weights"
+            "weights than it adapts; choose 8 to 64, or lora_rank=0 to train all weights"
         )
 
 

@@ -60,10 +60,8 @@ def _clipped_objective(
 ) -> tuple[torch.Tensor, Tensors]:
     unclipped_N = ratio_N * advantages_N
     clipped_N = _clip(ratio_N, inputs, low, high) * advantages_N
-    return -torch.minimum(unclipped_N, clipped_N), {
-        "ratio": ratio_N,
-        "clip_fraction": (clipped_N < unclipped_N).float(),
-    }
+    is_clipped_N = (clipped_N < unclipped_N).float()
+    return -torch.minimum(unclipped_N, clipped_N), {"ratio": ratio_N, "clip_fraction": is_clipped_N}
 
 
 def _clip(ratio_N: torch.Tensor, inputs: Tensors, low: float, high: float) -> torch.Tensor:

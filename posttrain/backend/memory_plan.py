@@ -12,12 +12,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import chz
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PretrainedConfig, PreTrainedModel
 
+from posttrain.backend.architectures import attention_windows, decoder_of, experts_per_token
 from posttrain.backend.attention import packs
 from posttrain.backend.batching import SHARED_ROW_TOKENS
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
@@ -27,15 +29,7 @@ from posttrain.backend.logprobs import CHUNK_ELEMENTS
 from posttrain.backend.lora_layers import add_lora
 from posttrain.backend.memory import GIB, free_on_gpu, kv_bytes_per_token, kv_cache_bytes
 from posttrain.backend.merged_lora import compute_merged
-from posttrain.backend.models import (
-    attention_windows,
-    cast_weights,
-    context_length,
-    decoder_of,
-    experts_per_token,
-    model_config,
-    new_model,
-)
+from posttrain.backend.models import cast_weights, context_length, model_config, new_model
 from posttrain.backend.types import LoraConfig
 from posttrain.backend.vllm_lora import tokens_of_a_step
 from posttrain.backend.vllm_settings import lora_room, samples_with_vllm
@@ -236,9 +230,8 @@ class PlannedRun:
         parts = {f"logits of {rows} sequences": rows * self.size.vocabulary * SAMPLER_BYTES}
         if not samples_with_vllm(self.backend):
             if self._borrows:
-                parts[f"sampler weights, {_name(self.compute)}, as it opens"] = (
-                    self.compute.itemsize * self.size.parameters
-                )
+                name = f"sampler weights, {_name(self.compute)}, as it opens"
+                parts[name] = self.compute.itemsize * self.size.parameters
             parts["KV cache"] = rows * self.max_length * kv_bytes_per_token(self.hf_config, self.compute.itemsize)
         if self.lora_room and self.device.type == "cpu":
             tokens = tokens_of_a_step(self.max_length, self.backend)
@@ -405,26 +398,16 @@ def _saved_bytes(
         try:
             if experts_per_token(hf_config):
                 raise NotImplementedError("which tokens an expert reads depends on numbers")
-            with _silent(logging.getLogger("torch._subclasses.fake_tensor")):
-                few, many = (
-                    _saved_by_pass(hf_config, lora, compute, weights, merged, tokens) for tokens in PROBE_TOKENS
-                )
+            # torch logs pages before it raises
+            with patch.object(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True):
+                passes = (_saved_by_pass(hf_config, lora, compute, weights, merged, tokens) for tokens in PROBE_TOKENS)
+                few, many = passes
             per_token = (many - few) / (PROBE_TOKENS[1] - PROBE_TOKENS[0])
             _saved[key] = max(0.0, few - PROBE_TOKENS[0] * per_token), per_token
         except Exception:  # of a model whose code reads numbers: about what a dense model saves
             size = model_size(hf_config, lora)
             _saved[key] = 0.0, compute.itemsize * size.layers * (20 * size.hidden + 5 * size.intermediate)
     return _saved[key]
-
-
-@contextmanager
-def _silent(logger: logging.Logger) -> Iterator[None]:
-    """Without the pages that torch logs before it raises."""
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
 
 
 def _saved_by_pass(

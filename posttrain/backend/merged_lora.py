@@ -89,11 +89,6 @@ class AdaptedWeights:
         return merged_weights(self.tensors, {}, self.dtype)
 
 
-def merged_weight(layer: Any, dtype: torch.dtype) -> torch.Tensor:
-    """The adapted layer's matrix as the sampler has it, in the base layer's layout."""
-    return (layer.base_layer.weight + layer.get_delta_weight("default")).to(dtype)
-
-
 def compute_merged(model: nn.Module, dtype: torch.dtype) -> None:
     """Makes every adapted linear layer of a peft model compute with its merged weight in `dtype`."""
     for layer in model.modules():
@@ -103,10 +98,10 @@ def compute_merged(model: nn.Module, dtype: torch.dtype) -> None:
 
 
 def _weight(layer: Any) -> torch.Tensor:
-    """(O, I) merged weight."""
+    """(O, I) merged weight, as the sampler has it."""
     # autocast would round B A before it is added
     with torch.no_grad(), torch.autocast(layer.lora_A["default"].weight.device.type, enabled=False):
-        weight = merged_weight(layer, layer.merged_dtype)
+        weight = (layer.base_layer.weight + layer.get_delta_weight("default")).to(layer.merged_dtype)
     return weight.T if layer.fan_in_fan_out else weight
 
 

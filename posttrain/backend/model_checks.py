@@ -3,19 +3,19 @@ logprobs it has alone, and its head is one that the chunked logprobs know.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from posttrain.backend.architectures import decoder_of, embedding_rows
 from posttrain.backend.attention import kernel_gap, packs, set_packing
-from posttrain.backend.batching import WIDTH_BUCKET, MicroBatch, micro_batches
-from posttrain.backend.config import BackendConfig
+from posttrain.backend.batching import WIDTH_BUCKET, micro_batches
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ModelError
 from posttrain.backend.logprobs import LogitTransform, fp32_logits, target_logprobs
-from posttrain.backend.models import decoder_of, embedding_rows
+from posttrain.backend.trained_model import TrainedModel
 from posttrain.backend.types import Datum, ModelInput
 
 # Mean |logprob difference| of random tokens: above rounding, below a wrong mask or position.
@@ -25,28 +25,9 @@ MOST_KERNEL_GAP = {torch.float32: 1e-2, torch.bfloat16: 3e-2}
 LARGE_LOGITS = 20.0  # standard deviation at which caps of 30 and 50 bend
 
 
-class OpenedModel(Protocol):
-    """A Trainer, without importing it."""
-
-    model_name: str
-    config: BackendConfig
-    device: torch.device
-    compute_dtype: torch.dtype
-    max_length: int
-    vocabulary: int
-    hf_config: PretrainedConfig
-    base: PreTrainedModel
-    windows: dict[str, int | None] | None
-    shares_prefixes: bool
-    packs: bool
-    whole_sequences: bool
-
-    def _flat_logprobs(self, data_D: Sequence[Datum], batches: Sequence[MicroBatch]) -> torch.Tensor: ...
-
-
 @computing()
 @torch.no_grad()
-def alone(trainer: OpenedModel, data_D: Sequence[Datum]) -> list[torch.Tensor]:
+def alone(trainer: TrainedModel, data_D: Sequence[Datum]) -> list[torch.Tensor]:
     """The logprobs of each sequence in a micro-batch of its own."""
     return [
         trainer._flat_logprobs([datum], micro_batches([datum], [0], 2**62, trainer.device, False)) for datum in data_D
@@ -55,7 +36,7 @@ def alone(trainer: OpenedModel, data_D: Sequence[Datum]) -> list[torch.Tensor]:
 
 @computing()
 @torch.no_grad()
-def row_gap(trainer: OpenedModel, data_D: Sequence[Datum], alone_D: Sequence[torch.Tensor], share: bool) -> float:
+def row_gap(trainer: TrainedModel, data_D: Sequence[Datum], alone_D: Sequence[torch.Tensor], share: bool) -> float:
     """Mean |logprob in one micro-batch - logprob alone| over all positions. `share`: with
     prefix sharing. Packed rows have the width that passes give them: below 128 columns torch takes
     another kernel of FlexAttention."""
@@ -79,7 +60,7 @@ def check_causal(model_name: str, pair_D: Sequence[Datum], alone_D: Sequence[tor
         )
 
 
-def check_rows(trainer: OpenedModel) -> None:
+def check_rows(trainer: TrainedModel) -> None:
     """Each sequence must have its own logprobs in padded and shared rows. If only sharing
     fails, it is switched off."""
     data_D, limit = row_check_data(trainer.vocabulary, trainer.max_length), MOST_ROW_GAP[trainer.compute_dtype]
@@ -93,7 +74,7 @@ def check_rows(trainer: OpenedModel) -> None:
     trainer.shares_prefixes = trainer.shares_prefixes and row_gap(trainer, data_D, alone_D, share=True) <= limit
 
 
-def pack_rows(trainer: OpenedModel) -> None:
+def pack_rows(trainer: TrainedModel) -> None:
     """Where backend.attention says so and it gives each sequence the logprobs it has alone.
     Otherwise a line says why not; ModelError if packing is not left to us."""
     wanted = trainer.config.attention
@@ -109,7 +90,7 @@ def pack_rows(trainer: OpenedModel) -> None:
         print(f"rows are padded, not packed (backend.attention=auto): {reason}", flush=True)
 
 
-def _packing_fails(trainer: OpenedModel) -> str | None:
+def _packing_fails(trainer: TrainedModel) -> str | None:
     """Packs, and returns the reason if that is wrong."""
     if trainer.windows is None:
         return "its config does not say that all layers are causal attention"

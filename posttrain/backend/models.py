@@ -4,9 +4,6 @@ tests, demos and benchmarks, without downloads; vLLM and peft know their archite
 
 import copy
 import difflib
-import functools
-import inspect
-import math
 import pickle
 import re
 from collections.abc import Iterator
@@ -21,7 +18,6 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    Cache,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
@@ -36,6 +32,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
+from posttrain.backend.architectures import kernel_of_attention
 from posttrain.backend.checkpoint_files import (
     ADAPTER_CONFIG_FILE,
     SCALAR_HEAD_FILE,
@@ -48,7 +45,6 @@ from posttrain.backend.checkpoint_files import (
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.hub import hub_folder
-from posttrain.backend.logprobs import LogitTransform
 from posttrain.backend.quantized import ask_for_whole_weights, make_plain
 from posttrain.backend.random_state import drawn_from
 from posttrain.backend.text_models import (
@@ -77,9 +73,8 @@ def _shape(layers: int, hidden: int, mlp: int, heads: int, kv_heads: int, contex
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": context,
         "tie_word_embeddings": True,
-        "initializer_range": hidden
         # the usual 0.02 suits models ten times as wide; narrow ones then learn five times slower
-        ** -0.5,
+        "initializer_range": hidden**-0.5,
     }
 
 
@@ -133,12 +128,9 @@ def whole_config(model_name: str) -> PretrainedConfig:
         raise ModelError(f"{model_name!r} cannot be opened: {_reason(error, path)}") from error
     ask_for_whole_weights(model_name, config)
     if not is_text:
-        reads_more = config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-        why = (
-            "reads pictures besides text, and transformers has its text model only as a part of it"
-            if reads_more
-            else "is not a causal language model"
-        )
+        why = "is not a causal language model"
+        if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            why = "reads pictures besides text, and transformers has its text model only as a part of it"
         raise ModelError(f"{model_name!r} cannot be opened: {config.model_type} {why}")
     return config
 
@@ -157,9 +149,8 @@ def model_folder(name: str, weights: bool = False) -> Path:
         raise ModelError(f"{name!r} is neither a preset nor a local folder{hint}")
     if "/" in name and path.parent.is_dir():  # a folder's name, rather than the hub's
         siblings = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
-        hint = f"; the folder {path.parent} is here, and has no {path.name} in it" + (
-            f"; did you mean {path.parent / siblings[0]}?" if siblings else ""
-        )
+        hint = f"; the folder {path.parent} is here, and has no {path.name} in it"
+        hint += f"; did you mean {path.parent / siblings[0]}?" if siblings else ""
     try:
         return hub_folder(name, weights)
     except ModelError as error:
@@ -198,20 +189,9 @@ def _is_no_model(path: Path) -> str:
 
 # What transformers, safetensors and the hub raise for a model that is damaged, absent or unknown.
 LOAD_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    ImportError,
-    EOFError,
-    pickle.UnpicklingError,
-    SafetensorError,
-    StrictDataclassError,
+    *(OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError, EOFError),
+    *(pickle.UnpicklingError, SafetensorError, StrictDataclassError),
 )
-
-
 # What a model raises in a pass over tokens that it does not support.
 PASS_ERRORS = (*LOAD_ERRORS, IndexError, AssertionError)
 
@@ -261,9 +241,8 @@ def context_length(model_name: str, max_length: int | None = None) -> int:
     limit, why = int(getattr(config, "max_position_embeddings", DEFAULT_MAX_LENGTH)), ""
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
-        original = rope.get("original_max_position_embeddings") or getattr(
-            config, "original_max_position_embeddings", limit
-        )
+        key = "original_max_position_embeddings"
+        original = rope.get(key) or getattr(config, key, limit)
         limit, why = min(limit, int(original)), " with one set of rotations (LongRoPE changes them beyond)"
     if window := getattr(config, "keep_window_size", None):
         limit, why = min(limit, window), " that its layers do not choose from (Doge counts padding, too)"
@@ -272,84 +251,6 @@ def context_length(model_name: str, max_length: int | None = None) -> int:
             f"max_length={max_length} is more than the {limit} tokens of context that {model_name!r} has{why}"
         )
     return max_length or min(limit, DEFAULT_MAX_LENGTH)
-
-
-# Model types without `layer_types`: all layers are causal attention over all earlier tokens, unless
-# there is a window.
-FULL_ATTENTION = """apertus arcee cohere ernie4_5 ernie4_5_moe falcon flex_olmo gemma glm glm4 glm4_moe gpt2 gpt_bigcode
-    gpt_neox granite granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax jais2 jetmoe llama
-    minimax_m2 ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmoe persimmon phi phi3 phimoe qwen3_moe seed_oss
-    solar_open stablelm starcoder2"""
-
-# Of these tests/test_architectures.py or test_every_architecture.py has compared windows in rows of several sequences.
-WINDOWED_ATTENTION = """afmoe cohere2 cohere2_moe cwm exaone4 exaone_moe gemma2 gemma3_text gemma4_text gemma4_unified_text
-    gpt_oss granite_swa granitemoe_swa ministral mistral olmo3 phi3 qwen2 qwen3 smollm3 vaultgemma"""
-
-
-def attention_windows(config: PretrainedConfig, max_length: int) -> dict[str, int | None] | None:
-    """The window of each kind of layer, None = at least `max_length`; None if a layer is not causal
-    attention. Only then can sequences share a row: chunks, recurrent and convolution layers count
-    the columns between."""
-    config = config.get_text_config()
-    layer_types = getattr(config, "layer_types", None)
-    kinds = set(layer_types or ["full_attention" if config.model_type in FULL_ATTENTION.split() else "unknown"])
-    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-    if not kinds <= {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
-        return None
-    window = None if window is None or window >= max_length else window
-    if window is not None and config.model_type not in WINDOWED_ATTENTION.split():
-        return None
-    return {kind: window if kind == "sliding_attention" or not layer_types else None for kind in kinds}
-
-
-def attends_to_all(config: PretrainedConfig, max_length: int) -> bool:
-    """Whether all layers are causal attention over up to `max_length` earlier tokens."""
-    windows = attention_windows(config, max_length)
-    return windows is not None and set(windows.values()) == {None}
-
-
-def kernel_of_attention(config: PretrainedConfig) -> str | None:
-    """For transformers' attn_implementation. Its default, SDPA, leaves out a softcap of the scores
-    (Gemma 2) without a word."""
-    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
-
-
-# Names in configs of what is done to logits: they are multiplied, divided, and capped.
-LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")
-LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
-LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
-
-
-def logit_transform(config: PretrainedConfig) -> LogitTransform:
-    """Scale and softcap of the logits (Granite, Cohere, Gemma 2), all that `Trainer` accepts."""
-    config = config.get_text_config()
-    factors, divisors, caps = (
-        [value for name in names if (value := getattr(config, name, None))]
-        for names in (LOGIT_FACTORS, LOGIT_DIVISORS, LOGIT_CAPS)
-    )
-    if config.model_type == "hyperclovax":  # which multiplies by what Granite divides by
-        factors, divisors = factors + divisors, []
-    return LogitTransform(math.prod(factors, start=1.0) / math.prod(divisors), caps[0] if caps else None)
-
-
-def embedding_rows(model: PreTrainedModel) -> int:
-    """Number of token ids a model reads; its tokenizer may have fewer if the vocabulary was padded."""
-    embedding: Any = model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
-
-
-def experts_per_token(config: PretrainedConfig) -> int:
-    """Experts that a token is sent to; 0 without experts."""
-    names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", "moe_k")
-    text = config.get_text_config()
-    return next((int(number) for name in names if (number := getattr(text, name, None))), 0)
-
-
-def decoder_of(model: PreTrainedModel) -> Any:
-    """The layers below the output layer. transformers gives for Llama 4 the whole model instead, and for
-    ModernBERT the output layer."""
-    decoder: Any = model.get_decoder()
-    return model.model if decoder is model or decoder is model.get_output_embeddings() else decoder
 
 
 def new_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -468,23 +369,10 @@ def _is_savable(settings: Any) -> bool:
 def _join_end_tokens(model: PreTrainedModel) -> None:
     """Adds generation_config.json's end tokens to the config, which both samplers read."""
     generation = model.generation_config
-    ids = dict.fromkeys(
-        [*_as_list(model.config.eos_token_id), *_as_list(generation.eos_token_id if generation else None)]
-    )
+    of_generation = _as_list(generation.eos_token_id if generation else None)
+    ids = dict.fromkeys([*_as_list(model.config.eos_token_id), *of_generation])
     if len(ids) > 1:
         model.config.eos_token_id = list(ids)
-
-
-def with_cache(model: Any, cache: Cache) -> dict[str, Any]:
-    """The arguments of a forward pass that reads and extends `cache`."""
-    return {_cache_argument(type(model)): cache, "use_cache": True}
-
-
-@functools.cache
-def _cache_argument(kind: type) -> str:
-    """Mamba's has a name of its own, and transformers 5.24 has renamed the others'."""
-    arguments = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
-    return next((name for name in ("cache", "cache_params") if name in arguments), "past_key_values")
 
 
 def end_token_ids(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> set[int]:

@@ -19,7 +19,6 @@ from posttrain.backend.engine import Engine, EngineThread, SequenceRequest
 from posttrain.backend.errors import EngineError
 from posttrain.backend.left_behind import note_semaphores, note_shared_memory
 from posttrain.backend.new_engine import new_engine
-from posttrain.backend.sampler_pool import Progress
 from posttrain.backend.types import SampleResponse
 from posttrain.backend.weight_files import FileWeights
 from posttrain.backend.weight_versions import Policy, SnapshotMemory, Weights, WeightVersion
@@ -36,8 +35,8 @@ class SamplerActor:
         max_length: int,
         note: Path,
     ) -> None:
-        self._policy, self._steps, self._tokens, self._busy = Policy(SnapshotMemory(None), False), 0, 0, 0.0
-        self._paused = 0.0  # by all loads
+        self._policy = Policy(SnapshotMemory(None), False)
+        self._steps, self._paused = 0, 0.0  # decoded steps and loads; seconds of all loads
         self._versions: weakref.WeakValueDictionary[int, WeightVersion] = weakref.WeakValueDictionary()
 
         def make() -> Engine:
@@ -45,10 +44,8 @@ class SamplerActor:
             step, load = engine.step, engine.load_weights
 
             def counted() -> Any:
-                began, finished = time.monotonic(), step()
-                self._busy += time.monotonic() - began
+                finished = step()
                 self._steps += 1
-                self._tokens += sum(len(sampled.sequence.tokens) for _, sampled in finished)
                 return finished
 
             def timed(weights: Weights) -> None:
@@ -86,8 +83,8 @@ class SamplerActor:
         self._steps += 1
         return self._paused - before
 
-    async def progress(self) -> Progress:
-        return Progress(self._steps, self._tokens, self._busy)
+    async def progress(self) -> int:
+        return self._steps
 
     def _version(self, number: int, weights: FileWeights | None) -> WeightVersion:
         version = self._versions.get(number)
@@ -138,7 +135,7 @@ class RayReplica:
     def sync(self, number: int, weights: FileWeights) -> "Future[float]":
         return future_of(self._actor.sync.remote(number, weights))
 
-    def progress(self) -> "Future[Progress]":
+    def progress(self) -> "Future[int]":
         return future_of(self._actor.progress.remote())
 
     def kill(self) -> None:

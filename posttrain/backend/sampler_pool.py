@@ -47,18 +47,11 @@ class Replica(Protocol):
         """Done when the engine runs on these weights; the seconds in which it decoded nothing."""
         ...
 
-    def progress(self) -> "Future[Progress]": ...
+    def progress(self) -> "Future[int]":
+        """Counts decoded steps and loads."""
+        ...
 
     def kill(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Totals of a replica. `steps` counts decoded steps and loads."""
-
-    steps: int = 0
-    tokens: int = 0
-    busy_seconds: float = 0.0
 
 
 @dataclass(eq=False)
@@ -84,9 +77,9 @@ class _Place:
     replica: Replica | None = None
     serving: bool = False
     calls: set[_Call] = field(default_factory=set)
-    progress: Progress = Progress()
+    progress: int = 0
     moved: float = 0.0  # when it last decoded, or had nothing to decode
-    asked: "Future[Progress] | None" = None
+    asked: "Future[int] | None" = None
     span: Span | None = None  # since the last answer, while it has calls
 
 
@@ -223,18 +216,6 @@ class SamplerPool:
         self._stop(None)
         if threading.current_thread() is not self._thread:
             self._thread.join()
-
-    def progress(self) -> list[Progress]:
-        """Totals of each replica that serves, asked now."""
-        with self._lock:
-            asked = [place.replica.progress() for place in self._places if place.replica and place.serving]
-        answers = []
-        for future in asked:
-            try:
-                answers.append(future.result(WATCH_SECONDS))
-            except (ProcessLost, TimeoutError):
-                continue
-        return answers
 
     @property
     def num_replicas(self) -> int:
@@ -441,7 +422,7 @@ class SamplerPool:
                 place.moved = now
             failure = asked.exception() if asked is not None and asked.done() else None
             if asked is not None and asked.done() and failure is None:
-                if asked.result().steps != place.progress.steps:
+                if asked.result() != place.progress:
                     place.moved = now
                 place.progress = asked.result()
             if not isinstance(failure, ProcessLost) and now - place.moved > self._call_seconds:

@@ -47,13 +47,6 @@ class SamplingClient(Ready):
         self._closed = False
 
     @property
-    def policy_version(self) -> int:
-        """The weight version: of the snapshot, or live with `follow`."""
-        version = self._version or self._policy.newest
-        assert version
-        return version.number
-
-    @property
     def num_replicas(self) -> int:
         """Engines in processes of their own that answer; 1 for the one in this process."""
         return self._engine.num_replicas if isinstance(self._engine, SamplerPool) else 1
@@ -224,11 +217,8 @@ def _of_last(last: int, response: SampleResponse) -> SampleResponse:
     if prompt is None or last >= len(prompt):
         return response
     none = [None] * (len(prompt) - last)
-    return replace(
-        response,
-        prompt_logprobs=[*none, *prompt[-last:]],
-        topk_prompt_logprobs=topk and [*none, *topk[-last:]],
-    )
+    prompt, topk = [*none, *prompt[-last:]], topk and [*none, *topk[-last:]]
+    return replace(response, prompt_logprobs=prompt, topk_prompt_logprobs=topk)
 
 
 def _check_topk(vocabulary: int, **given: int) -> None:

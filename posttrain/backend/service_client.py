@@ -207,10 +207,6 @@ class ServiceClient:
 
     # --- the rest --------------------------------------------------------------------------------
 
-    def checkpoint_path(self, name: str) -> Path:
-        """Path of a checkpoint of this name; an absolute path is unchanged."""
-        return self._checkpoint_dir / name
-
     def create_rest_client(self) -> RestClient:
         """Lists and deletes the checkpoints of this service's folder."""
         return RestClient(self._checkpoint_dir)

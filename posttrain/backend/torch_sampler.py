@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from posttrain.backend.architectures import decoder_of, embedding_rows, logit_transform, with_cache
 from posttrain.backend.config import BackendConfig, compute_dtype
 from posttrain.backend.device_lock import computing
 from posttrain.backend.engine import Sampled, SequenceRequest, Weights
@@ -22,15 +23,7 @@ from posttrain.backend.errors import ModelError
 from posttrain.backend.logprobs import fp32_logits, target_logprobs
 from posttrain.backend.merged_lora import AdaptedWeights
 from posttrain.backend.model_checks import check_head
-from posttrain.backend.models import (
-    cast_weights,
-    decoder_of,
-    embedding_rows,
-    end_token_ids,
-    fails_as,
-    logit_transform,
-    with_cache,
-)
+from posttrain.backend.models import cast_weights, end_token_ids, fails_as
 from posttrain.backend.prompt_scores import ROWS, ScoredPrompt, score_prompt
 from posttrain.backend.types import SampledSequence, SamplingParams, StopReason
 
@@ -53,12 +46,8 @@ class TorchSampler:
     ):
         self._dtype = compute_dtype(device, config)
         self._model: Any = cast_weights(model.to(device), self._dtype).eval()  # type: ignore[arg-type]
-        self._tokenizer, self._max_length, self._max_num_seqs, self._device = (
-            tokenizer,
-            max_length,
-            config.max_num_seqs,
-            device,
-        )
+        self._tokenizer, self._device = tokenizer, device
+        self._max_length, self._max_num_seqs = max_length, config.max_num_seqs
         self._transform, self._end_ids = logit_transform(model.config), end_token_ids(model.config, tokenizer)
         self._unmerged, self._shares = config.lora != "merged", config.lora == "shared"
         self._borrows = False  # the weights of passes
@@ -168,10 +157,7 @@ class TorchSampler:
     ) -> torch.Tensor:
         decoder = decoder_of(self._model)
         return decoder(
-            input_ids=tokens_BT,
-            attention_mask=mask_BT,
-            position_ids=positions_BT,
-            **with_cache(decoder, cache),
+            input_ids=tokens_BT, attention_mask=mask_BT, position_ids=positions_BT, **with_cache(decoder, cache)
         ).last_hidden_state
 
     def _check_head(self) -> None:
@@ -239,10 +225,8 @@ class TorchSampler:
             if k is None:
                 continue
             targets = torch.tensor(prompt[1:], device=self._device)
-            row.prompt_logprobs = [
-                None,
-                *target_logprobs(hidden_TH, head, targets[:, None], transform=self._transform)[:, 0].tolist(),
-            ]
+            logprobs_T = target_logprobs(hidden_TH, head, targets[:, None], transform=self._transform)[:, 0]
+            row.prompt_logprobs = [None, *logprobs_T.tolist()]
             if k > 0:
                 row.topk_prompt_logprobs = [None, *self._topk(hidden_TH, targets, k)]
 
@@ -342,12 +326,8 @@ class _Row:
     def sampled(self) -> Sampled:
         assert self.finish is not None
         topk = self.topk if self.request.topk_sample else None
-        return Sampled(
-            SampledSequence(self.tokens, self.logprobs, self.finish, topk),
-            self.prompt_logprobs,
-            self.topk_prompt_logprobs,
-            self.scored,
-        )
+        sequence = SampledSequence(self.tokens, self.logprobs, self.finish, topk)
+        return Sampled(sequence, self.prompt_logprobs, self.topk_prompt_logprobs, self.scored)
 
 
 def _add_update(
@@ -369,9 +349,8 @@ def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
     logprobs_BV = logits_BV.log_softmax(-1)
     uniform_B = torch.tensor([row.uniform() for row in rows], dtype=torch.float64, device=logits_BV.device)
     cdf_BV = logprobs_BV.double().exp().cumsum(-1)
-    drawn_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0].clamp(
-        max=logits_BV.shape[-1] - 1
-    )
+    drawn_B = torch.searchsorted(cdf_BV, uniform_B[:, None] * cdf_BV[:, -1:], right=True)[:, 0]
+    drawn_B = drawn_B.clamp(max=logits_BV.shape[-1] - 1)
     next_B = torch.where(greedy_B, logits_BV.argmax(-1), drawn_B)
     chosen_B = logprobs_BV.gather(-1, next_B[:, None])[:, 0]
     for b, row in enumerate(rows):
@@ -388,9 +367,8 @@ def _truncate(logits_BV: torch.Tensor, params_B: list[SamplingParams]) -> torch.
     if all(params.top_k <= 0 and params.top_p >= 1 for params in params_B):
         return logits_BV
     vocabulary = logits_BV.shape[-1]
-    top_k_B = torch.tensor(
-        [params.top_k if params.top_k > 0 else vocabulary for params in params_B], device=logits_BV.device
-    )
+    counts = [params.top_k if params.top_k > 0 else vocabulary for params in params_B]
+    top_k_B = torch.tensor(counts, device=logits_BV.device)
     top_p_B = torch.tensor([params.top_p for params in params_B], device=logits_BV.device)
     sorted_BV, order_BV = logits_BV.sort(-1, descending=True)
     sorted_BV = sorted_BV.masked_fill(torch.arange(vocabulary, device=logits_BV.device) >= top_k_B[:, None], -torch.inf)

@@ -1,6 +1,6 @@
-"""What checkpoints are made from and read into: a Trainer, without importing it."""
+"""A Trainer as its checks and its checkpoints know it, without importing it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol, TypeVar
 
 import torch
@@ -8,21 +8,33 @@ from peft import PeftModel
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from posttrain.backend.batching import MicroBatch
+from posttrain.backend.config import BackendConfig
 from posttrain.backend.trained_weights import TrainedWeights
-from posttrain.backend.types import LoraConfig
+from posttrain.backend.types import Datum, LoraConfig
 
 T = TypeVar("T")
 
 
 class TrainedModel(Protocol):
     model_name: str
+    config: BackendConfig
     seed: int
     lora: LoraConfig | None
+    device: torch.device
+    compute_dtype: torch.dtype
+    max_length: int
+    vocabulary: int
+    hf_config: PretrainedConfig
     base: PreTrainedModel
     model: PreTrainedModel | PeftModel
     trained: TrainedWeights
     named_trainable: dict[str, nn.Parameter]
-    hf_config: PretrainedConfig
+    # how sequences share a row (attention.py)
+    windows: dict[str, int | None] | None
+    shares_prefixes: bool
+    packs: bool
+    whole_sequences: bool
 
     @property
     def scalar_head(self) -> nn.Parameter | None: ...
@@ -38,6 +50,8 @@ class TrainedModel(Protocol):
     def read_once(self, read: Callable[[], T]) -> T | None:
         """What `read` returns; None in a rank that gets it from the first."""
         ...
+
+    def _flat_logprobs(self, data_D: Sequence[Datum], batches: Sequence[MicroBatch]) -> torch.Tensor: ...
 
     @property
     def base_fingerprint(self) -> str:

@@ -33,11 +33,11 @@ class TrainedWeights:
                 p.register_post_accumulate_grad_hook(partial(self._add_up, name))
         self.stepped = self.named | self.masters
         lean = config.moments == "8bit" or any(p.dtype == torch.bfloat16 for p in self.stepped.values())
-        self.optimizer: torch.optim.Optimizer = (
-            LeanAdamW(self.stepped.values(), seed, config.moments == "8bit")
-            if lean
-            else torch.optim.AdamW(self.stepped.values(), lr=0.0, fused=True)
-        )
+        self.optimizer: torch.optim.Optimizer
+        if lean:
+            self.optimizer = LeanAdamW(self.stepped.values(), seed, config.moments == "8bit")
+        else:
+            self.optimizer = torch.optim.AdamW(self.stepped.values(), lr=0.0, fused=True)
 
     def _add_up(self, name: str, p: torch.Tensor) -> None:
         assert p.grad is not None

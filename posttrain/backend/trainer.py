@@ -19,12 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.backend import checkpoints, out_of_memory
 from posttrain.backend.adapters import fingerprint
-from posttrain.backend.attention import (
-    check_setting,
-    dense_mask,
-    masks_of_layers,
-    tree_mask,
-)
+from posttrain.backend.architectures import attention_windows, decoder_of, embedding_rows, logit_transform
+from posttrain.backend.attention import check_setting, dense_mask, masks_of_layers, tree_mask
 from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.batching import WIDTH_BUCKET, MicroBatch, Positions, micro_batches
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
@@ -39,16 +35,7 @@ from posttrain.backend.losses import LossFn
 from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.merged_lora import compute_merged
 from posttrain.backend.model_checks import check_head, check_rows, pack_rows
-from posttrain.backend.models import (
-    attention_windows,
-    cast_weights,
-    context_length,
-    decoder_of,
-    embedding_rows,
-    fails_as,
-    load_model,
-    logit_transform,
-)
+from posttrain.backend.models import cast_weights, context_length, fails_as, load_model
 from posttrain.backend.trained_weights import TrainedWeights
 from posttrain.backend.training_mode import checkpoint_gradients, switch_off_dropout
 from posttrain.backend.types import (
@@ -131,8 +118,8 @@ class Trainer:
             self._check_head()
         pack_rows(self)
         self.compiles = config.compile
-        if self.compiles:
-            self._compile_layers()
+        for layer in self._layers() if self.compiles else ():
+            layer.compile()  # one graph for a kind: of each width and number of rows at first, then of all
 
     def _load(self, dtype: torch.dtype) -> PreTrainedModel:
         return load_model(self.model_name, self.seed, self.device, dtype)
@@ -287,11 +274,8 @@ class Trainer:
             if len(batches) > 1:
                 for p_NK in parts:
                     p_NK.requires_grad_()
-            logprobs_D = _split_by_datum(
-                data_D,
-                [positions for batch in batches for positions in (batch.loss, batch.others)],
-                [p_NK.cpu() for p_NK in parts],
-            )
+            positions = [at for batch in batches for at in (batch.loss, batch.others)]
+            logprobs_D = _split_by_datum(data_D, positions, [p_NK.cpu() for p_NK in parts])
             loss, metrics = fn(list(data_D), logprobs_D)
             check_loss(loss)
             loss.backward()
@@ -337,11 +321,6 @@ class Trainer:
             return mask
 
         return masks_of_layers(make, self.windows)
-
-    def _compile_layers(self) -> None:
-        """One graph for all layers of a kind, for each width and number of rows at first, then for all."""
-        for layer in self._layers():
-            layer.compile()
 
     def _layers(self) -> Iterable[nn.Module]:
         return getattr(decoder_of(self.base), "layers", None) or getattr(decoder_of(self.base), "h", [])
@@ -471,10 +450,8 @@ class Trainer:
         return self.sampled.sampler_weights()
 
     def info(self) -> GetInfoResponse:
-        parameters, trainable = (
-            sum(p.numel() for p in self.model.parameters()),
-            sum(p.numel() for p in self.named_trainable.values()),
-        )
+        parameters = sum(p.numel() for p in self.model.parameters())
+        trainable = sum(p.numel() for p in self.named_trainable.values())
         dtype = str(self.compute_dtype).removeprefix("torch.")
         rank = self.lora.rank if self.lora else 0
         return GetInfoResponse(self.model_name, rank, parameters, trainable, self.max_length, str(self.device), dtype)

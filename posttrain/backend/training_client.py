@@ -321,16 +321,8 @@ class TrainingClient(Ready):
                     self._engine.sync(policy, version)
             else:
                 policy.newest.lives_in(source)
-        return SamplingClient(
-            self._engine,
-            policy,
-            self._tokenizer,
-            trainer.max_length,
-            trainer.vocabulary,
-            follow,
-            trainer.model_name,
-            keep,
-        )
+        length, vocabulary, name = trainer.max_length, trainer.vocabulary, trainer.model_name
+        return SamplingClient(self._engine, policy, self._tokenizer, length, vocabulary, follow, name, keep)
 
     def _base_aside(self) -> AbstractContextManager[None]:
         """With backend.lora=shared, while vLLM opens, which is to hold the base for both."""

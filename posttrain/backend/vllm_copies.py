@@ -37,10 +37,6 @@ def by_name(copies: list[Copy]) -> dict[str, list[Copy]]:
     return of
 
 
-def _size(copy: Copy) -> int:
-    return copy.target.numel()
-
-
 class Copies:
     """Loads weights as the loaders it was recorded from."""
 
@@ -56,7 +52,8 @@ class Copies:
             storages = {copy.target.untyped_storage().data_ptr() for copy in copies}
             starts = {copy.target.storage_offset() - copy.offset for copy in copies}
             as_given = all(copy.target.stride() == copy.stride for copy in copies)
-            if as_given and len(storages) == len(starts) == 1 and sum(map(_size, copies)) == shape.numel():
+            is_whole = sum(copy.target.numel() for copy in copies) == shape.numel()
+            if as_given and is_whole and len(storages) == len(starts) == 1:
                 stride = torch.empty(shape, device="meta").stride()
                 found[name] = copies[0].target.as_strided(shape, stride, starts.pop())
         return found

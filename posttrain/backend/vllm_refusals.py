@@ -7,8 +7,8 @@ from packaging.version import Version
 from pydantic import ValidationError
 from transformers import PretrainedConfig
 
+from posttrain.backend.architectures import experts_per_token
 from posttrain.backend.errors import CookbookError, EngineError, ModelError
-from posttrain.backend.models import experts_per_token
 
 OLDEST_ON_CPU = Version("0.32.0")
 USE_TORCH = "backend.engine=torch samples with torch instead"

@@ -2,6 +2,7 @@
 Nothing here imports vLLM.
 """
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -21,9 +22,7 @@ GRAPH_STEP = 16  # between the largest sizes that vLLM captures; it leaves out a
 
 def vllm_is_installed() -> bool:
     """Without the import, which takes seconds."""
-    import importlib.util
-
-    return importlib.util.find_spec("vllm") is not None
+    return find_spec("vllm") is not None
 
 
 def samples_with_vllm(config: BackendConfig) -> bool:

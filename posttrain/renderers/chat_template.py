@@ -19,7 +19,7 @@ from posttrain.renderers.parts import get_tool_calls
 from posttrain.renderers.parts_check import SAID, shape_of, unwritable
 from posttrain.renderers.spelled_out import SpelledOut
 from posttrain.renderers.stream import PartsReader, read_parts
-from posttrain.renderers.turns import cut_at_stop, decode, encode, ends, trained_messages
+from posttrain.renderers.turns import common_prefix, cut_at_stop, decode, encode, ends, trained_messages
 from posttrain.renderers.types import Message, Tokenizer, ToolSpec, TrainOnWhat
 
 # Roles that some templates leave out without a word, and what to do.
@@ -188,7 +188,7 @@ class ChatTemplateRenderer:
         special = set(self.tokenizer.all_special_ids) | {
             i for i, t in self.tokenizer.added_tokens_decoder.items() if t.special
         }
-        tail = first[len(first) - _common_prefix(first[::-1], second[::-1]) :]
+        tail = first[len(first) - common_prefix(first[::-1], second[::-1]) :]
         for token in tail:
             if token in special:
                 return token
@@ -201,15 +201,10 @@ class ChatTemplateRenderer:
         try:
             for reply in PROBE_REPLIES:
                 messages += [Message(role="user", content="Is it so?")]
-                spoken = [
-                    *self._render(messages, add_generation_prompt=True),
-                    *encode(self.tokenizer, self.before_reply + reply),
-                    self.end_of_turn,
-                ]
+                prompt, answer = self._render(messages, True), encode(self.tokenizer, self.before_reply + reply)
+                spoken = [*prompt, *answer, self.end_of_turn]
                 messages += [Message(role="assistant", content=reply)]
-                following = self._render(
-                    [*messages, Message(role="user", content="And now?")], add_generation_prompt=True
-                )
+                following = self._render([*messages, Message(role="user", content="And now?")], True)
                 if following[: len(spoken)] != spoken:
                     return False
         except DataError:  # a template for a single exchange
@@ -227,10 +222,8 @@ class ChatTemplateRenderer:
             # of one that is lost, the answer would follow nothing; a client's text beside a call may be lost
             if self.writes_tools and not message["content"] and len(calls := get_tool_calls(message)) > 1:
                 self._check_parts({**message, "parts": [*calls]}, i, trained=False)
-        return ModelInput.from_ints(
-            self._render(messages, add_generation_prompt=True)
-            + (encode(self.tokenizer, self.before_reply + prefill) if prefill else [])
-        )
+        begun = encode(self.tokenizer, self.before_reply + prefill) if prefill else []
+        return ModelInput.from_ints(self._render(messages, add_generation_prompt=True) + begun)
 
     def build_supervised_example(
         self, messages: Sequence[Message], train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES
@@ -274,7 +267,7 @@ class ChatTemplateRenderer:
             start = len(prompt)
         else:  # a user has no prompt: the message begins at the first token that depends on its content
             other = Message(role=role, content="0" if content.strip()[:1] == "x" else "x")
-            start = _common_prefix(whole, self._render([*messages[:i], other]))
+            start = common_prefix(whole, self._render([*messages[:i], other]))
             prompt = whole[:start]
         if tokens[: len(whole)] != whole or whole[:start] != prompt:
             last = i == len(messages) - 1
@@ -293,8 +286,7 @@ class ChatTemplateRenderer:
             advice = "use renderer_name=role_colon" if last else "set train_on_what=last_assistant_message"
             raise DataError(
                 f"message {i} ({role}): the chat template renders it differently in the whole conversation than when "
-                "sampled "
-                f"({why}), so no mask would be right: {advice}"
+                f"sampled ({why}), so no mask would be right: {advice}"
             )
         ends = [t + 1 for t in range(start, len(whole)) if whole[t] in self.stops]
         if not ends and role == "assistant":
@@ -342,7 +334,3 @@ def _answers_as_user(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
         else:
             written.append({"role": "user", "content": answer})
     return written
-
-
-def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    return next((t for t, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

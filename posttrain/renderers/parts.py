@@ -125,18 +125,10 @@ def _call_of(call: Any, i: int) -> ToolCallPart:
             arguments = json.loads(arguments)
         except ValueError as error:
             raise DataError(f"tool_calls[{i}]: 'arguments' is no JSON ({error}): {arguments[:80]}") from None
-    if (
-        not isinstance(function, Mapping)
-        or not isinstance(function.get("name"), str)
-        or not isinstance(arguments, dict)
-    ):
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(name, str) or not isinstance(arguments, dict):
         raise DataError(f"tool_calls[{i}] needs a function's 'name' and 'arguments', an object: {str(call)[:80]}")
-    return {
-        "type": "tool_call",
-        "id": str(call.get("id") or f"call_{i}"),
-        "name": function["name"],
-        "arguments": arguments,
-    }
+    return {"type": "tool_call", "id": str(call.get("id") or f"call_{i}"), "name": name, "arguments": arguments}
 
 
 def tool_spec(fields: Any) -> ToolSpec:

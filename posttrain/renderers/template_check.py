@@ -6,7 +6,7 @@ a template if its prompt has special tokens other than BOS and EOS; plain text i
 import jinja2
 
 from posttrain.backend.errors import CookbookError
-from posttrain.renderers.turns import decode
+from posttrain.renderers.turns import common_prefix, decode
 from posttrain.renderers.types import Message, Renderer
 
 CONVERSATIONS: list[list[Message]] = [
@@ -50,14 +50,10 @@ def difference_from_template(renderer: Renderer) -> str | None:
 
 
 def _first_difference(renderer: Renderer, roles: list[str], prompt: list[int], expected: list[int]) -> str:
-    t = next(
-        (t for t, (a, b) in enumerate(zip(prompt, expected, strict=False)) if a != b),
-        min(len(prompt), len(expected)),
-    )
-    tokenizer = renderer.tokenizer
+    t, tokenizer = common_prefix(prompt, expected), renderer.tokenizer
     return (
         f"{type(renderer).__name__} writes a prompt of {', '.join(roles)} differently from the tokenizer's chat "
-        "template. After "
-        f"{decode(tokenizer, prompt[max(0, t - 8) : t])!r} it writes {decode(tokenizer, prompt[t : t + 8])!r}, the template "
+        f"template. After {decode(tokenizer, prompt[max(0, t - 8) : t])!r} it writes "
+        f"{decode(tokenizer, prompt[t : t + 8])!r}, the template "
         f"{decode(tokenizer, expected[t : t + 8])!r}"
     )

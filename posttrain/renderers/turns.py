@@ -74,6 +74,11 @@ def text_of(message: Message) -> str:
     return message["content"] or get_text_content(message)
 
 
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    return next((t for t, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
 def bos(tokenizer: Tokenizer) -> list[int]:
     """[BOS] if the tokenizer's texts begin with it, else []."""
     first = tokenizer.encode("a")[:1]

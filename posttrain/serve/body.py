@@ -47,14 +47,6 @@ def decompressed(content: bytes, encoding: str, most_bytes: int) -> bytes:
     return read
 
 
-def read_body(content: bytes) -> "Body":
-    """BodyError unless it is a JSON object; no content is an empty one."""
-    fields = read_json(content or b"{}")
-    if not isinstance(fields, dict):
-        raise BodyError("the body is not a JSON object")
-    return Body(fields)
-
-
 class Body:
     def __init__(self, fields: dict[str, Any]):
         self.fields = fields
@@ -111,7 +103,11 @@ def _refuse_constant(name: str) -> None:
 
 
 async def body_of(request: HttpRequest) -> Body:
-    return read_body(await request.body())
+    """BodyError unless it is a JSON object; no content is an empty one."""
+    fields = read_json(await request.body() or b"{}")
+    if not isinstance(fields, dict):
+        raise BodyError("the body is not a JSON object")
+    return Body(fields)
 
 
 def page(request: HttpRequest, default: int) -> tuple[int, int]:

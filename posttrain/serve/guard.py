@@ -5,9 +5,10 @@ type, of bounded size. An ASGI middleware.
 import asyncio
 import hmac
 import ipaddress
-import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+from starlette.responses import JSONResponse
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -33,7 +34,7 @@ class Guard:
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         if refusal := self._refusal(scope, headers):
-            await _answer(send, *refusal, scope["path"])
+            await _answer(*refusal, scope, receive, send)
             return
         received, answered = 0, False
 
@@ -53,10 +54,10 @@ class Guard:
         try:
             await self._app(scope, counted, noted)
         except TooLargeError:
-            await _answer(send, 413, _too_large(), scope["path"])
+            await _answer(413, _too_large(), scope, receive, send)
         except asyncio.CancelledError:  # of long polls, when the server stops
             if not answered:
-                await _answer(send, 503, "the server is stopping", scope["path"])
+                await _answer(503, "the server is stopping", scope, receive, send)
 
     def _refusal(self, scope: Scope, headers: dict[str, str]) -> tuple[int, str] | None:
         host = _host_name(headers.get("host", ""))
@@ -66,10 +67,8 @@ class Guard:
         if self._api_key and not path.startswith(OPEN_PATHS):
             given = headers.get("x-api-key") or headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), self._api_key.encode()):
-                return (
-                    401,
-                    "wrong or missing API key: give the key the server was started with (TINKER_API_KEY, OPENAI_API_KEY)",
-                )
+                wanted = "give the key the server was started with (TINKER_API_KEY, OPENAI_API_KEY)"
+                return 401, f"wrong or missing API key: {wanted}"
         length = headers.get("content-length", "0")
         if not length.isdecimal() or len(length) > 15 or int(length) > MOST_BODY_BYTES:
             return 413, _too_large()
@@ -98,13 +97,9 @@ def _is_address(host: str) -> bool:
     return True
 
 
-async def _answer(send: Send, status: int, detail: str, path: str) -> None:
+async def _answer(status: int, detail: str, scope: Scope, receive: Receive, send: Send) -> None:
     content: dict[str, Any] = {"detail": detail}
-    if path.startswith("/v1/"):  # OpenAI's shape
+    if scope["path"].startswith("/v1/"):  # OpenAI's shape
         content = {"error": {"message": detail, "type": "invalid_request_error", "param": None, "code": None}}
-    body = json.dumps(content).encode()
-    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-    if status == 413:
-        headers.append((b"connection", b"close"))  # the body is not read
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    headers = {"connection": "close"} if status == 413 else None  # the body is not read
+    await JSONResponse(content, status, headers)(scope, receive, send)

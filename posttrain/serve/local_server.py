@@ -12,12 +12,11 @@ from posttrain.backend.errors import EngineError
 
 
 class LocalServer:
-    """Serves from its construction until `close`. `port` 0 is a free one."""
+    """Serves from its construction until `close`, at a free port."""
 
-    def __init__(self, app: Callable[..., Awaitable[Any]], port: int = 0):
+    def __init__(self, app: Callable[..., Awaitable[Any]]):
         self._socket = socket.socket()
-        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.bind(("127.0.0.1", port))
+        self._socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
         config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(config)

@@ -63,12 +63,11 @@ class Answer:
     async def sequences(self, on_tokens: OnTokens) -> list[SampledSequence]:
         """The sampled sequences of all choices."""
         n = self.options.n
-        answers = await asyncio.gather(
-            *(
-                self._sample(prompt, lambda j, tokens, i=i: on_tokens(i * n + j, tokens))
-                for i, prompt in enumerate(self.prompts)
-            )
-        )
+        sampled = [
+            self._sample(prompt, lambda j, tokens, i=i: on_tokens(i * n + j, tokens))
+            for i, prompt in enumerate(self.prompts)
+        ]
+        answers = await asyncio.gather(*sampled)
         return [sequence for response in answers for sequence in response.sequences]
 
     async def _sample(self, prompt: list[int], on_tokens: OnTokens) -> SampleResponse:

@@ -25,7 +25,7 @@ from posttrain.renderers import with_tools
 from posttrain.renderers.turns import encode_text
 from posttrain.renderers.types import Message, Renderer, Tokenizer
 from posttrain.serve.openai_answers import Answer, ChatAnswer, OnTokens, Served
-from posttrain.serve.openai_requests import Refusal, chat_request, completion_request, read_body
+from posttrain.serve.openai_requests import Refusal, chat_request, completion_request, read_fields
 
 OFFERED = "GET /v1/models, POST /v1/completions and POST /v1/chat/completions"
 T = TypeVar("T")
@@ -77,14 +77,14 @@ def openai_routes(models: Models) -> list[Route]:
         return JSONResponse(_card(name))
 
     async def completions(request: Request) -> Response:
-        completion = completion_request(await read_body(request))
+        completion = completion_request(await read_fields(request))
         options = completion.options
         model = await _open(models, options.model, request)
         prompts = [_tokens(model.renderer.tokenizer, prompt) for prompt in completion.prompts]
         return await _answer(request, Answer(model, options, prompts, [*options.stop] or None, completion.echo))
 
     async def chat(request: Request) -> Response:
-        conversation = chat_request(await read_body(request))
+        conversation = chat_request(await read_fields(request))
         options = conversation.options
         model = await _open(models, options.model, request)
         renderer = _with_tools(model.renderer, json.dumps(conversation.tools)) if conversation.tools else model.renderer
@@ -169,9 +169,8 @@ async def _answer(request: Request, answer: Answer) -> Response:
     if answer.options.stream:
         return await _streamed(request, answer)
     sequences = await _while_connected(request, answer.sequences(lambda i, tokens: None))
-    choices = await _while_connected(
-        request, _gathered([answer.choice(i, sequence) for i, sequence in enumerate(sequences)])
-    )
+    choosing = [answer.choice(i, sequence) for i, sequence in enumerate(sequences)]
+    choices = await _while_connected(request, _gathered(choosing))
     return JSONResponse(answer.envelope(choices) | {"usage": answer.usage(sequences)})
 
 

@@ -84,7 +84,7 @@ class CompletionRequest:
     echo: bool
 
 
-class Body:
+class Fields:
     """A JSON object whose fields are taken one by one."""
 
     def __init__(self, fields: dict[str, Any]):
@@ -121,7 +121,7 @@ class Body:
             raise Refusal(f"unknown field {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""), name)
 
 
-async def read_body(request: Request) -> Body:
+async def read_fields(request: Request) -> Fields:
     """Refusal, or BodyError, unless it is a JSON object of at most MAX_BODY_BYTES."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise Refusal("the content-type must be application/json", status=415)
@@ -133,10 +133,10 @@ async def read_body(request: Request) -> Body:
     fields = read_json(data)
     if not isinstance(fields, dict):
         raise Refusal("the body must be a JSON object")
-    return Body(fields)
+    return Fields(fields)
 
 
-def chat_request(body: Body) -> ChatRequest:
+def chat_request(body: Fields) -> ChatRequest:
     messages = body.take("messages", list)
     if not messages:
         raise Refusal("messages must hold at least one message", "messages")
@@ -162,7 +162,7 @@ def chat_request(body: Body) -> ChatRequest:
     return ChatRequest(options, [_message(i, message) for i, message in enumerate(messages)], tools)
 
 
-def completion_request(body: Body) -> CompletionRequest:
+def completion_request(body: Fields) -> CompletionRequest:
     prompts = _prompts(body.take_any("prompt"))
     echo = body.take("echo", bool, False)
     logprobs = body.take("logprobs", int, None, 0, MAX_TOP_LOGPROBS)
@@ -173,7 +173,7 @@ def completion_request(body: Body) -> CompletionRequest:
     return request
 
 
-def _options(body: Body, max_tokens: int | None, logprobs: int | None) -> Options:
+def _options(body: Fields, max_tokens: int | None, logprobs: int | None) -> Options:
     stream_options = body.take("stream_options", dict, {})
     options = Options(
         model=body.take("model", str, ""),

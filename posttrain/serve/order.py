@@ -14,7 +14,7 @@ Start = Callable[[C], Awaitable[Answer]]
 GAP_SECONDS = 60.0
 
 
-class InOrder(Generic[C]):
+class NumberedQueue(Generic[C]):
     """`opened` gives the client that requests are made of. A request begins when all earlier numbers
     have begun: the client has a queue of its own."""
 

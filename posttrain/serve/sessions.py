@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from posttrain.backend.errors import SnapshotMemoryError
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.training_client import TrainingClient
-from posttrain.serve.order import InOrder
+from posttrain.serve.order import NumberedQueue
 from posttrain.serve.store import Run
 
 
@@ -30,7 +30,7 @@ class Model:
     run: Run
     session: Session
     opened: "asyncio.Task[TrainingClient]"
-    queue: InOrder[TrainingClient]
+    queue: NumberedQueue[TrainingClient]
     substituted: set[str] = field(default_factory=set)  # losses whose substitution was logged
 
 

@@ -20,7 +20,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, LoraConfig, ModelInput, SamplingParams
 from posttrain.serve.bases import BaseModel
-from posttrain.serve.order import GAP_SECONDS, InOrder
+from posttrain.serve.order import GAP_SECONDS, NumberedQueue
 from posttrain.serve.requests import PROTOBUF, Answer, Request, Requests, json_answer
 from posttrain.serve.sessions import Model, Sampler, Session
 from posttrain.serve.store import Checkpoint, Run, Store, check_name, now
@@ -189,17 +189,14 @@ class State:
         checkpoint = self.store.find(path, ("weights",))
         saved = checkpoint.run
         self.base(saved.base_model)
-        lora = (
-            LoraConfig(saved.lora_rank or 1, None, None, saved.train_mlp, saved.train_attn) if saved.is_lora else None
-        )
+        lora = None
+        if saved.is_lora:
+            lora = LoraConfig(saved.lora_rank or 1, None, None, saved.train_mlp, saved.train_attn)
         metadata = user_metadata if user_metadata is not None else saved.user_metadata
         run = _run(session, number, saved.base_model, lora, metadata)
-        service = self.service
-        create = (
-            service.create_training_client_from_state_with_optimizer
-            if with_optimizer
-            else service.create_training_client_from_state
-        )
+        create = self.service.create_training_client_from_state
+        if with_optimizer:
+            create = self.service.create_training_client_from_state_with_optimizer
 
         async def opened() -> TrainingClient:
             with self.store.reading(checkpoint) as folder:
@@ -215,7 +212,7 @@ class State:
         answer: dict[str, str],
     ) -> Request:
         task = asyncio.create_task(opened())
-        queue = InOrder(asyncio.shield(task), _refuse_gradient, self.limits.gap_seconds)
+        queue = NumberedQueue(asyncio.shield(task), _refuse_gradient, self.limits.gap_seconds)
         model = Model(run, session, task, queue)
         self.models[run.training_run_id] = session.models[run.training_run_id] = model
         self.store.add_run(run)
@@ -344,11 +341,9 @@ class State:
         if (old := self.samplers.get(sampler_id)) and (old.model_path or old.base_model) == (model_path or base_model):
             return old
         self._check_unused(sampler_id)
-        name = (
-            self.store.find(model_path, ("sampler_weights", "weights")).run.base_model
-            if model_path
-            else str(base_model)
-        )
+        name = str(base_model)
+        if model_path:
+            name = self.store.find(model_path, ("sampler_weights", "weights")).run.base_model
         self.base(name)
         opened = self.sampling_client(model_path or name)
         return self._add_sampler(session, sampler_id, name, model_path, opened)
@@ -414,15 +409,9 @@ class State:
         async def work() -> Answer:
             params, topk = options.params(), options.topk_prompt_logprobs
             client = await asyncio.shield(sampler.opened)
+            tokens, prompt_logprobs = ModelInput.from_ints(prompt), options.prompt_logprobs or topk > 0
             with sampler.in_use():
-                response = await client.sample(
-                    ModelInput.from_ints(prompt),
-                    num_samples,
-                    params,
-                    options.prompt_logprobs or topk > 0,
-                    topk,
-                    **options.others,
-                )
+                response = await client.sample(tokens, num_samples, params, prompt_logprobs, topk, **options.others)
             topk_sample = options.others.get("topk_sample_logprobs", 0)
             written = write_sample_response(response, options.last_n, topk, topk_sample, options.targets)
             return Answer(written, PROTOBUF)
@@ -458,17 +447,8 @@ class SampleOptions:
 def _run(
     session: Session, number: int, base_model: str, lora: LoraConfig | None, metadata: dict[str, str] | None
 ) -> Run:
-    return Run(
-        f"{session.id}:train:{number}",
-        base_model,
-        lora is not None,
-        lora.rank if lora else None,
-        lora.train_mlp if lora else True,
-        lora.train_attn if lora else True,
-        now(),
-        metadata,
-        session.id,
-    )
+    shape = (lora.rank, lora.train_mlp, lora.train_attn) if lora else (None, True, True)
+    return Run(f"{session.id}:train:{number}", base_model, lora is not None, *shape, now(), metadata, session.id)
 
 
 def _refuse_gradient(client: TrainingClient, error: CookbookError) -> None:

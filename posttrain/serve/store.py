@@ -177,9 +177,8 @@ class Store:
 
     def all(self) -> list[Checkpoint]:
         """Oldest first."""
-        return sorted(
-            (c for c in self._checkpoints.values() if not c.is_expired), key=lambda checkpoint: checkpoint.time
-        )
+        kept = (checkpoint for checkpoint in self._checkpoints.values() if not checkpoint.is_expired)
+        return sorted(kept, key=lambda checkpoint: checkpoint.time)
 
     @contextmanager
     def writing(

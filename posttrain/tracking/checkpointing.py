@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any, Protocol
 
 from posttrain.backend.checkpoint_files import read_state
@@ -9,26 +10,17 @@ from posttrain.backend.errors import CheckpointError
 from posttrain.tracking.disk_space import check_disk_space
 from posttrain.tracking.how_to_resume import how_to_resume
 from posttrain.tracking.run_folder import CheckpointRecord, RunFolder
-from posttrain.tracking.stop_request import StopRequest
-
-__all__ = ["Checkpointed", "Checkpointer", "StopRequest"]
-
-
-class Pending(Protocol):
-    """A future of any kind."""
-
-    def result(self) -> Any: ...
 
 
 class Checkpointed(Protocol):
     """A TrainingClient, or another client with checkpoints
     (recipes/libraries/belief_state/trainer.py)."""
 
-    def save_state(self, name: str, *, extra: dict[str, Any]) -> Pending: ...
+    def save_state(self, name: str, *, extra: dict[str, Any]) -> "Future[Any]": ...
 
-    def load_state(self, path: str) -> Pending: ...
+    def load_state(self, path: str) -> "Future[Any]": ...
 
-    def load_state_with_optimizer(self, path: str) -> Pending: ...
+    def load_state_with_optimizer(self, path: str) -> "Future[Any]": ...
 
     def checkpoint_bytes(self) -> int: ...
 

@@ -53,9 +53,8 @@ def _is_users(file: Path, untracked: set[str]) -> bool:
     if file.is_relative_to(REPOSITORY):
         return str(file.relative_to(REPOSITORY)) in untracked
     installed = {"site-packages", "dist-packages"} & set(file.parts)
-    return not installed and not any(
-        file.is_relative_to(Path(root).resolve()) for root in {sys.prefix, sys.base_prefix}
-    )
+    roots = {Path(root).resolve() for root in (sys.prefix, sys.base_prefix)}
+    return not installed and not roots & set(file.parents)
 
 
 def _module_diff(file: Path) -> str:

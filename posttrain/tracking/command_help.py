@@ -77,10 +77,8 @@ def help_text(
     # the task and its data before the many options of the machine
     for parent in sorted(objects, key=lambda path: path.partition(".")[0] == "backend"):
         if parent:
-            lines += [
-                "",
-                f"{parent}={_value_text(parent, values, parameters[parent])}  {parameters[parent].doc}".rstrip(),
-            ]
+            chosen = _value_text(parent, values, parameters[parent])
+            lines += ["", f"{parent}={chosen}  {parameters[parent].doc}".rstrip()]
             if choices := names.get(parent):
                 taken = f"{parent}= takes {', '.join(choices)} or module:Class; {parent}=NAME --help shows its options"
                 lines += textwrap.wrap(taken, 160, initial_indent="  ", subsequent_indent="    ")
@@ -95,16 +93,9 @@ def presets_text(presets: Mapping[str, Mapping[str, Mapping[str, str]]]) -> str:
         lines += ["", "", f"What {option}=NAME sets; options that are given win:"]
         width = max(len(name) for name in choices)
         for name, settings in choices.items():
-            text = "  ".join(
-                f"{key}={value!r}" if " " in value else f"{key}={value}" for key, value in settings.items()
-            )
-            lines += textwrap.wrap(
-                text,
-                126,
-                initial_indent=f"  {name.ljust(width)}  ",
-                subsequent_indent=" " * (width + 4),
-                break_on_hyphens=False,
-            )
+            text = "  ".join(f"{key}={repr(value) if ' ' in value else value}" for key, value in settings.items())
+            first, others = f"  {name.ljust(width)}  ", " " * (width + 4)
+            lines += textwrap.wrap(text, 126, initial_indent=first, subsequent_indent=others, break_on_hyphens=False)
     return "\n".join(lines)
 
 
@@ -135,14 +126,11 @@ def _value_text(path: str, values: Mapping[str, Any], parameter: Any) -> str:
 def _row_lines(row: tuple[str, str, str, str], widths: list[int]) -> list[str]:
     """A row of the table. Wide cells push the next one along; the doc wraps in its column."""
     cells = "  " + "  ".join(cell.ljust(width) for cell, width in zip(row[:3], widths, strict=True))
-    indent = sum(widths) + 8
-    width = max(shutil.get_terminal_size((130, 24)).columns, indent + 30)
-    if len(cells) + 2 > indent:
-        return [
-            cells.rstrip(),
-            *textwrap.wrap(row[3], width, initial_indent=" " * indent, subsequent_indent=" " * indent),
-        ]
-    return textwrap.wrap(row[3], width, initial_indent=cells + "  ", subsequent_indent=" " * indent) or [cells.rstrip()]
+    indent = " " * (sum(widths) + 8)
+    width = max(shutil.get_terminal_size((130, 24)).columns, len(indent) + 30)
+    if len(cells) + 2 > len(indent):
+        return [cells.rstrip(), *textwrap.wrap(row[3], width, initial_indent=indent, subsequent_indent=indent)]
+    return textwrap.wrap(row[3], width, initial_indent=cells + "  ", subsequent_indent=indent) or [cells.rstrip()]
 
 
 def type_text(kind: Any) -> str:

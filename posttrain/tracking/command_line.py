@@ -327,9 +327,9 @@ def _is_abstract(kind: Any) -> bool:
 def _known_subclasses(kind: type) -> str:
     """Imported, concrete subclasses."""
     names = [f"{child.__module__}:{child.__name__}" for child in _descendants(kind) if not _is_abstract(child)]
-    return (
-        f"such as {', '.join(sorted(set(names))[:4])}" if names else f"a subclass of {kind.__module__}:{kind.__name__}"
-    )
+    if not names:
+        return f"a subclass of {kind.__module__}:{kind.__name__}"
+    return f"such as {', '.join(sorted(set(names))[:4])}"
 
 
 def _descendants(kind: type) -> Iterator[type]:

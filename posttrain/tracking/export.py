@@ -17,13 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from posttrain.backend.adapters import open_merged, read_base
 from posttrain.backend.atomic_folder import atomic_folder
-from posttrain.backend.checkpoint_files import (
-    INDEX_FILE,
-    STATE_FILE,
-    check_readable,
-    is_adapter,
-    read_json,
-)
+from posttrain.backend.checkpoint_files import INDEX_FILE, STATE_FILE, check_readable, is_adapter, read_json
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.hub import hub_reason
 from posttrain.backend.ranges import SEED
@@ -82,9 +76,9 @@ def main(config: Config) -> Path:
         evaluation = Path(config.evaluation) if config.evaluation else None
         card = model_card(source, config.push_to or out.name, base, adapter and not merged, evaluation)
         (folder / "README.md").write_text(card, encoding="utf-8")
-    what = (
-        f"{source.folder}, merged into its base," if merged else f"{'the adapter ' if adapter else ''}{source.folder}"
-    )
+    what = f"{'the adapter ' if adapter else ''}{source.folder}"
+    if merged:
+        what = f"{source.folder}, merged into its base,"
     print(f"exported {what} to {out} ({folder_bytes(out) / 1e6:,.1f} MB)")
     if config.push_to:
         _push(out, config.push_to, config.private)

@@ -141,12 +141,8 @@ def draw_panel(axis: Any, panel: Panel, labels: Sequence[str] = ()) -> None:
         _span_decades(axis)
     else:
         _widen(axis, panel.least_span)
-    finish_axis(
-        axis,
-        panel.title,
-        not labels and len(axis.get_legend_handles_labels()[1]) > 1,
-        with_width(panel.xlabel, max(widths)),
-    )
+    with_legend = not labels and len(axis.get_legend_handles_labels()[1]) > 1
+    finish_axis(axis, panel.title, with_legend, with_width(panel.xlabel, max(widths)))
 
 
 def with_width(xlabel: str, width: int) -> str:

@@ -9,7 +9,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from posttrain.backend.errors import ConfigError
-from posttrain.tracking.run_folder import RunFolder, config_to_json
+from posttrain.tracking.run_folder import RunFolder
+from posttrain.tracking.settings import config_to_json
 
 if TYPE_CHECKING:  # commands that need no model do not import torch
     from posttrain.tracking.run_config import RunConfig

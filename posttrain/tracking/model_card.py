@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from posttrain.backend.architectures import kernel_of_attention
 from posttrain.backend.errors import ConfigError, ModelError
-from posttrain.backend.models import PRESETS, kernel_of_attention, looks_like_path, model_config, whole_config
+from posttrain.backend.models import PRESETS, looks_like_path, model_config, whole_config
 from posttrain.backend.text_models import text_model_of
 from posttrain.tracking.jsonl import read_json
 from posttrain.tracking.metrics_log import IMPORTANT, format_number, last_metrics, read_metrics
@@ -77,9 +78,8 @@ def _evaluation(source: ModelSource, folder: Path) -> str:
         raise ConfigError(f"{folder} evaluates {labels}, not {source.label}: evaluate this model first")
     env = results["settings"]["env"]["class"].partition(":")[2]
     rows = [(metric, _estimate(estimate)) for metric, estimate in model["metrics"].items()]
-    return f"## Evaluation\n\n`{env}`, {model['problems']} problems, mean ± standard error:\n\n" + _table(
-        ("metric", "value"), rows
-    )
+    table = _table(("metric", "value"), rows)
+    return f"## Evaluation\n\n`{env}`, {model['problems']} problems, mean ± standard error:\n\n{table}"
 
 
 def _estimate(estimate: Mapping[str, Any]) -> str:

@@ -150,11 +150,9 @@ def _run_name(path: Path, paths: list[Path]) -> str:
 def _labels(keys: Sequence[str]) -> dict[str, str]:
     """Label -> key: held out or training, if that is unique; otherwise the end of the name."""
     labels = {"held out" if key.startswith("test/") else "training": key for key in keys}
-    return (
-        labels
-        if len(labels) == len(keys)
-        else {re.split("[/_]", key.removesuffix("_logprob"))[-1]: key for key in keys}
-    )
+    if len(labels) == len(keys):
+        return labels
+    return {re.split("[/_]", key.removesuffix("_logprob"))[-1]: key for key in keys}
 
 
 def _draw_times(axis: Any, records: Records, keys: list[str]) -> None:
@@ -167,9 +165,8 @@ def _draw_times(axis: Any, records: Records, keys: list[str]) -> None:
     steps = sorted(set().union(*seconds.values()))
     layers = {key.removeprefix("time/"): [seconds[key].get(step, 0.0) for step in steps] for key in parts}
     if total := seconds.get("time/total"):
-        layers["other"] = [
-            max(total.get(step, 0.0) - sum(seconds[key].get(step, 0.0) for key in parts), 0.0) for step in steps
-        ]
+        known = [sum(seconds[key].get(step, 0.0) for key in parts) for step in steps]
+        layers["other"] = [max(total.get(step, 0.0) - part, 0.0) for step, part in zip(steps, known, strict=True)]
     means = [binned(Curve(steps, values)) for values in layers.values()]
     axis.stackplot(
         means[0][0].steps_K,

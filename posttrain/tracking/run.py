@@ -20,13 +20,15 @@ from posttrain.backend.errors import (
     OutOfMemoryError,
     TrainerLostError,
 )
-from posttrain.tracking.checkpointing import Checkpointed, Checkpointer, StopRequest
+from posttrain.tracking.checkpointing import Checkpointed, Checkpointer
 from posttrain.tracking.frozen_heap import startup_objects_frozen
 from posttrain.tracking.metrics_log import Metrics, MetricsLog, print_last_metrics, read_last_metrics, timed
+from posttrain.tracking.plots import plot_run
 from posttrain.tracking.progress import TrainingProgress, reported
 from posttrain.tracking.run_config import RunConfig, TrainingConfig
 from posttrain.tracking.run_folder import RunFolder
 from posttrain.tracking.step_profile import StepProfile
+from posttrain.tracking.stop_request import StopRequest
 
 Step = Callable[[int, Metrics], Awaitable[None]]
 Evaluation = Callable[[int], Awaitable[Metrics]]
@@ -69,14 +71,8 @@ class Run:
         config = self.config
         if config.save_minutes is not None and self.must_stop is not bool:
             raise ConfigError("save_minutes: processes that train together save by steps; use save_every")
-        self._checkpointer = Checkpointer(
-            self.folder,
-            self.client,
-            config.save_every,
-            config.keep_checkpoints,
-            config.save_minutes,
-            config.save_tokens,
-        )
+        when = config.save_every, config.keep_checkpoints, config.save_minutes, config.save_tokens
+        self._checkpointer = Checkpointer(self.folder, self.client, *when)
         self.first_step = self._checkpointer.start(load_checkpoint_path, self.num_steps, self.ends_early is not None)
         self.resumed_extra = self._checkpointer.resumed_extra
         if self._checkpointer.finished and not self._checkpointer.nothing_left:
@@ -92,10 +88,10 @@ class Run:
                 f"rate rises again, from {ended.learning_rate:.3g} to {now.learning_rate:.3g}"
             )
 
-    def _evaluations(self) -> list[tuple[Evaluation, int]]:
-        """Each with its interval."""
+    def _evaluations(self, step: int | None = None) -> list[Evaluation]:
+        """Those before `step`; None: all."""
         both = ((self.evaluate, self.config.eval_every), (self.infrequent, self.infrequent_every))
-        return [(evaluate, every) for evaluate, every in both if evaluate]
+        return [evaluate for evaluate, every in both if evaluate and (step is None or (every and step % every == 0))]
 
     async def _evaluated(self, evaluate: Evaluation, done: int) -> Metrics:
         """After `done` steps. An evaluation that fails, as a user's may, loses none of them."""
@@ -126,10 +122,9 @@ class Run:
             for step in range(self.first_step, self.num_steps):
                 metrics = {}
                 with timed(metrics, "total"):
-                    for evaluate, every in self._evaluations():
-                        if every and step % every == 0:
-                            with timed(metrics, "eval"):
-                                metrics |= await self._evaluated(evaluate, done)
+                    for evaluate in self._evaluations(step):
+                        with timed(metrics, "eval"):
+                            metrics |= await self._evaluated(evaluate, done)
                     with profile.step(step):
                         await train_step(step, metrics)
                 metrics |= self.alarms.metrics() if self.alarms else {}
@@ -146,7 +141,7 @@ class Run:
                     checkpointer.interrupted(done, self.extra)
             profile.finish()
             final: Metrics = {}
-            for evaluate, _ in self._evaluations():
+            for evaluate in self._evaluations():
                 final |= await self._evaluated(evaluate, done)
             if final:
                 log.log(final, done)
@@ -157,8 +152,6 @@ class Run:
 
 def finish(folder: RunFolder, metrics: Mapping[str, float]) -> None:
     """The end of a command: prints the last metrics, and the paths of plot, transcripts and model."""
-    from posttrain.tracking.plots import plot_run
-
     print_last_metrics(folder, metrics)
     print(f"plot: {plot_run(folder.path)}")
     if any(folder.transcripts.iterdir()):

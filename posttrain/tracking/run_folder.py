@@ -28,8 +28,6 @@ from posttrain.tracking.settings import (
     write_settings,
 )
 
-__all__ = ["BehaviorIfExists", "CheckpointRecord", "RunFolder", "config_to_json", "open_run_folder"]
-
 BehaviorIfExists = Literal["ask", "resume", "resume_changed", "delete", "raise"]
 
 # A change of these makes another run: never accepted.
@@ -101,18 +99,13 @@ class RunFolder:
     def last_checkpoint(self) -> CheckpointRecord | None:
         """The latest complete checkpoint, or None. CheckpointError for several, none recorded."""
         records = self.list_checkpoints()
-        names = (
-            sorted(path.name for path in self.checkpoints.iterdir() if path.is_dir())
-            if self.checkpoints.is_dir()
-            else []
-        )
-        names = [name for name in names if not name.startswith(".") and "." not in name]
+        entries = self.checkpoints.iterdir() if self.checkpoints.is_dir() else ()
+        names = sorted(path.name for path in entries if path.is_dir() and "." not in path.name)
         # one may lack its record: a kill between checkpoint and record
         if not records and len(names) > 1:
             raise CheckpointError(
                 f"{self.checkpoints_file} has no record of the checkpoints that are there ({', '.join(names)}): put it "
-                "back, "
-                "or begin another run with load_checkpoint_path"
+                "back, or begin another run with load_checkpoint_path"
             )
         return records[-1] if records else None
 

@@ -25,16 +25,8 @@ FREE = {
     *("profile_steps", "log_path", "behavior_if_log_dir_exists", "wandb_project", "wandb_name"),
     *("tensorboard", "trackio_project"),
     *("evaluators", "infrequent_evaluators", "infrequent_eval_every"),
-    *(
-        "eval_every",
-        "save_every",
-        "save_minutes",
-        "save_tokens",
-        "keep_checkpoints",
-        "transcript_every",
-        "num_groups_to_log",
-        "concurrent_rollouts",
-    ),
+    *("eval_every", "save_every", "save_minutes", "save_tokens", "keep_checkpoints"),
+    *("transcript_every", "num_groups_to_log", "concurrent_rollouts"),
 }
 FREE_OF_BACKEND = (
     *("micro_batch_tokens", "gradient_checkpointing", "max_num_seqs"),
@@ -109,16 +101,13 @@ def class_name(settings: Mapping[str, Any], *options: str) -> str:
     return value["class"].partition(":")[2] if isinstance(value, dict) and "class" in value else ""
 
 
-def changes(before: Any, now: Any, free: Collection[str] = (), may_grow: Collection[str] = ()) -> Changes:
-    """Options that differ between two JSON configurations and affect the result; names in `free`
-    and FREE may differ."""
+def changes(before: Any, now: Any, may_grow: Collection[str] = ()) -> Changes:
+    """Options that differ between two JSON configurations and affect the result; names in FREE may differ."""
     before_flat, now_flat = _flatten(before), _flatten(now)
     names = [*before_flat, *(name for name in now_flat if name not in before_flat)]
     differing = {n: (before_flat.get(n), now_flat.get(n)) for n in names if before_flat.get(n) != now_flat.get(n)}
     return {
-        name: pair
-        for name, pair in differing.items()
-        if not (name in free or _is_free(name) or name in may_grow and _grows(*pair))
+        name: pair for name, pair in differing.items() if not (_is_free(name) or name in may_grow and _grows(*pair))
     }
 
 

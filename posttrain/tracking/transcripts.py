@@ -79,7 +79,9 @@ def write_transcripts(
         for m, member in enumerate(group.members)
     ]
     write_jsonl(page.with_suffix(".jsonl"), map(_finite, lines))
-    write_atomically(page, _page(iteration, groups, max_html_groups))
+    title, rest = f"iteration {iteration}", f"all are in {iteration:06d}.jsonl"
+    links = {"index.html": "all iterations"}
+    write_atomically(page, transcript_page(title, groups, max_html_groups, rest, links))
     update_index(folder, _entry(iteration, groups))
     return page
 
@@ -103,11 +105,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, list) else value
-
-
-def _page(iteration: int, groups: Sequence[TranscriptGroup], max_groups: int) -> str:
-    title, rest = f"iteration {iteration}", f"all are in {iteration:06d}.jsonl"
-    return transcript_page(title, groups, max_groups, rest, {"index.html": "all iterations"})
 
 
 def transcript_page(
@@ -154,13 +151,11 @@ def _group(number: int, group: TranscriptGroup, scale: float) -> str:
     hint = " ".join(prompts[0].split())[-120:] if prompts else ""
     shared = prompts[0] if len(set(prompts)) == 1 else None
     head = f'<div class="shared"><pre class="ob">{_visible(shared)}</pre></div>' if shared is not None else ""
-    members = head + (
-        _games(group, scale, shared) if group.num_seats else _members("rollout", group.members, scale, shared)
-    )
+    games = _games(group, scale, shared) if group.num_seats else _members("rollout", group.members, scale, shared)
     opened = " open" if number == 0 else ""
     return (
         f'<details class="group"{opened}><summary><span class="name">group {number}</span>{tags}'
-        f'<span class="chips">{chips}</span><span class="hint">{escape(hint)}</span></summary>{members}</details>'
+        f'<span class="chips">{chips}</span><span class="hint">{escape(hint)}</span></summary>{head}{games}</details>'
     )
 
 

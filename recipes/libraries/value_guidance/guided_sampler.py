@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from posttrain.backend.architectures import attends_to_all, logit_transform, with_cache
 from posttrain.backend.errors import ContextLengthError, ModelError
-from posttrain.backend.models import DEFAULT_MAX_LENGTH, attends_to_all, logit_transform, with_cache
+from posttrain.backend.models import DEFAULT_MAX_LENGTH
 from recipes.libraries.value_guidance.guidance import Guidance, candidates, guided_logits
 
 

@@ -1,0 +1,101 @@
+"""What a model's configuration and class say of its layers: which tokens they attend to, what is done to
+their logits, how many experts a token has, where the decoder is, what its cache is called.
+"""
+
+import functools
+import inspect
+import math
+from typing import Any
+
+from transformers import Cache, PretrainedConfig, PreTrainedModel
+
+from posttrain.backend.logprobs import LogitTransform
+
+# Model types without `layer_types`: all layers are causal attention over all earlier tokens, unless
+# there is a window.
+FULL_ATTENTION = """apertus arcee cohere ernie4_5 ernie4_5_moe falcon flex_olmo gemma glm glm4 glm4_moe gpt2 gpt_bigcode
+    gpt_neox granite granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe hyperclovax jais2 jetmoe llama
+    minimax_m2 ministral3 mistral mixtral nanochat nemotron olmo olmo2 olmoe persimmon phi phi3 phimoe qwen3_moe seed_oss
+    solar_open stablelm starcoder2"""
+
+# Of these tests/test_architectures.py or test_every_architecture.py has compared windows in rows of several sequences.
+WINDOWED_ATTENTION = """afmoe cohere2 cohere2_moe cwm exaone4 exaone_moe gemma2 gemma3_text gemma4_text gemma4_unified_text
+    gpt_oss granite_swa granitemoe_swa ministral mistral olmo3 phi3 qwen2 qwen3 smollm3 vaultgemma"""
+
+
+def attention_windows(config: PretrainedConfig, max_length: int) -> dict[str, int | None] | None:
+    """The window of each kind of layer, None = at least `max_length`; None if a layer is not causal
+    attention. Only then can sequences share a row: chunks, recurrent and convolution layers count
+    the columns between."""
+    config = config.get_text_config()
+    layer_types = getattr(config, "layer_types", None)
+    kinds = set(layer_types or ["full_attention" if config.model_type in FULL_ATTENTION.split() else "unknown"])
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    if not kinds <= {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
+        return None
+    window = None if window is None or window >= max_length else window
+    if window is not None and config.model_type not in WINDOWED_ATTENTION.split():
+        return None
+    return {kind: window if kind == "sliding_attention" or not layer_types else None for kind in kinds}
+
+
+def attends_to_all(config: PretrainedConfig, max_length: int) -> bool:
+    """Whether all layers are causal attention over up to `max_length` earlier tokens."""
+    windows = attention_windows(config, max_length)
+    return windows is not None and set(windows.values()) == {None}
+
+
+def kernel_of_attention(config: PretrainedConfig) -> str | None:
+    """For transformers' attn_implementation. Its default, SDPA, leaves out a softcap of the scores
+    (Gemma 2) without a word."""
+    return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+
+
+# Names in configs of what is done to logits: they are multiplied, divided, and capped.
+LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")
+LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
+LOGIT_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
+
+def logit_transform(config: PretrainedConfig) -> LogitTransform:
+    """Scale and softcap of the logits (Granite, Cohere, Gemma 2), all that `Trainer` accepts."""
+    config = config.get_text_config()
+    factors, divisors, caps = (
+        [value for name in names if (value := getattr(config, name, None))]
+        for names in (LOGIT_FACTORS, LOGIT_DIVISORS, LOGIT_CAPS)
+    )
+    if config.model_type == "hyperclovax":  # which multiplies by what Granite divides by
+        factors, divisors = factors + divisors, []
+    return LogitTransform(math.prod(factors, start=1.0) / math.prod(divisors), caps[0] if caps else None)
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Number of token ids a model reads; its tokenizer may have fewer if the vocabulary was padded."""
+    embedding: Any = model.get_input_embeddings()
+    return int(embedding.weight.shape[0])
+
+
+def experts_per_token(config: PretrainedConfig) -> int:
+    """Experts that a token is sent to; 0 without experts."""
+    names = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", "moe_k")
+    text = config.get_text_config()
+    return next((int(number) for name in names if (number := getattr(text, name, None))), 0)
+
+
+def decoder_of(model: PreTrainedModel) -> Any:
+    """The layers below the output layer. transformers gives for Llama 4 the whole model instead, and for
+    ModernBERT the output layer."""
+    decoder: Any = model.get_decoder()
+    return model.model if decoder is model or decoder is model.get_output_embeddings() else decoder
+
+
+def with_cache(model: Any, cache: Cache) -> dict[str, Any]:
+    """The arguments of a forward pass that reads and extends `cache`."""
+    return {_cache_argument(type(model)): cache, "use_cache": True}
+
+
+@functools.cache
+def _cache_argument(kind: type) -> str:
+    """Mamba's has a name of its own, and transformers 5.24 has renamed the others'."""
+    arguments = inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
+    return next((name for name in ("cache", "cache_params") if name in arguments), "past_key_values")
