@@ -12,7 +12,10 @@ import pytest
 from posttrain.backend.errors import DataError
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.renderers import get_renderer
+from posttrain.renderers.types import Message
 from posttrain.tracking.datasets import ListDataset
+from preference.pairs import render_pairs
+from preference.types import Comparison, LabeledComparison
 from supervised import examples
 from supervised.data import FileBuilder, HuggingFaceBuilder, MixtureBuilder, conversation_to_datum
 from supervised.examples import Examples, by_processes, datum_from_tokens_weights
@@ -146,3 +149,28 @@ def test_a_mixture_holds_no_copies(tmp_path: Path) -> None:
     messages = [{"role": "user", "content": "0+0"}, {"role": "assistant", "content": ""}]
     first = conversation_to_datum(messages, RENDERER)  # type: ignore[arg-type]
     assert sum(datum == first for datum in mixture.items) == 2 and len(mixture.items) == 17
+
+
+def test_preferences_by_several_processes_are_the_same_pairs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    comparisons = [
+        LabeledComparison(
+            Comparison([{"role": "user", "content": f"{i}?"}], _said("9" * (i % 40 + 1)), _said("8" * 9)),
+            "Tie" if i % 9 == 0 else "B" if i % 2 else "A",
+            where=f"row {i}",
+        )
+        for i in range(60)
+    ]
+    one = [*render_pairs(comparisons, RENDERER, max_length=60)]
+    printed = capsys.readouterr().out
+    in_two_processes(monkeypatch)
+    two = render_pairs(comparisons, RENDERER, max_length=60)
+    assert capsys.readouterr().out == printed and "ties" in printed and "longer" in printed
+    assert [(pair.chosen, pair.rejected) for pair in one] == [(pair.chosen, pair.rejected) for pair in two]
+    with pytest.raises(DataError, match="row 0: a tie"):
+        render_pairs(comparisons, RENDERER, ties="raise")
+
+
+def _said(text: str) -> list[Message]:
+    return [{"role": "assistant", "content": text}]
