@@ -219,7 +219,7 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
         dropped.update(counts)
         return kept
 
-    def _rows(self) -> tuple[list[Row], list[Row]]:
+    def _rows(self) -> tuple[Sequence[Row], Sequence[Row]]:
         if self.test_size and (self.test_split or self.test_path):
             raise ConfigError(f"test_size={self.test_size} and a held-out set: give one of them")
         if self.path.endswith(".jsonl"):

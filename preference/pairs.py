@@ -5,8 +5,9 @@ them equal.
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,10 +16,10 @@ from posttrain.backend.config import in_float64
 from posttrain.backend.errors import DataError
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
-from posttrain.tracking.progress import counted
 from preference.losses import PairLogprobs
 from preference.types import LabeledComparison, Ties
-from supervised.data import datum_from_tokens_weights, offering
+from supervised.data import offering
+from supervised.examples import Examples, by_processes
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,35 @@ class Pair:
         return max(self.chosen.model_input.length, self.rejected.model_input.length)
 
 
+class Pairs(Sequence[Pair]):
+    """Of examples side by side: chosen, rejected, chosen, rejected, ..."""
+
+    def __init__(self, examples: Examples):
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples) // 2
+
+    def __getitem__(self, index: Any) -> Any:
+        place = range(len(self))[index]
+        return Pair(self._examples[2 * place], self._examples[2 * place + 1])
+
+
+class Referenced(Sequence[Pair]):
+    """Pairs with their reference, (P, 2) float64."""
+
+    def __init__(self, pairs: Sequence[Pair], reference_P2: np.ndarray):
+        self._pairs, self._reference_P2 = pairs, reference_P2
+
+    def __len__(self) -> int:
+        return len(self._pairs)
+
+    def __getitem__(self, index: Any) -> Any:
+        place = range(len(self))[index]
+        chosen, rejected = self._reference_P2[place].tolist()
+        return replace(self._pairs[place], reference=(chosen, rejected))
+
+
 def render_pairs(
     comparisons: Sequence[LabeledComparison],
     renderer: Renderer,
@@ -43,33 +73,49 @@ def render_pairs(
     ties: Ties = "drop",
     overlong: Literal["drop", "raise"] = "drop",
     kind: str = "training",
-) -> list[Pair]:
+) -> Sequence[Pair]:
     """Prints one line with the counts. A tie is dropped, an error, or ("both") a pair in each
     order, which asks for equal rewards."""
     limit = int(max_length or min(renderer.tokenizer.model_max_length, 1 << 30))
-    pairs, dropped = [], Counter[str]()
-    for labeled in counted(comparisons, f"tokenizing {kind} comparisons"):
-        if labeled.label == "Tie" and ties != "both":
-            if ties == "raise":
-                raise DataError(f"{labeled.where}: a tie; ties=drop leaves ties out, ties=both asks for equal rewards")
-            dropped["ties"] += 1
-            continue
-        rendered = [_pair(labeled, *answers, renderer) for answers in _orders(labeled)]
-        if (length := rendered[0].length + 1) > limit:
-            if overlong == "raise":
-                raise DataError(
-                    f"{labeled.where}: {length} tokens, more than max_length={limit}; overlong=drop leaves it out"
-                )
-            dropped[f"longer than {limit} tokens"] += 1
-        elif _targets(rendered[0].chosen) == _targets(rendered[0].rejected):
-            dropped["of the same tokens"] += 1
-        else:
-            pairs += rendered
+    examples, dropped = Examples("sum"), Counter[str]()
+    render = partial(_rendered, renderer, limit, ties, overlong)
+    for part, faults in by_processes(render, comparisons, f"tokenizing {kind} comparisons"):
+        examples.extend(part)
+        dropped.update(faults)
+    pairs = Pairs(examples)
     line = f"{len(pairs):,} {kind} pairs" + "".join(f"; {count:,} {fault} dropped" for fault, count in dropped.items())
     if not pairs:
         raise DataError(f"{line}: none is left; raise max_length or check the data")
     print(line, flush=True)
     return pairs
+
+
+def _rendered(
+    renderer: Renderer, limit: int, ties: Ties, overlong: str, comparisons: Sequence[LabeledComparison]
+) -> tuple[Examples, Counter[str]]:
+    """The examples of the pairs, and a count of the dropped."""
+    examples, dropped = Examples("sum"), Counter[str]()
+    for labeled in comparisons:
+        if labeled.label == "Tie" and ties != "both":
+            if ties == "raise":
+                raise DataError(f"{labeled.where}: a tie; ties=drop leaves ties out, ties=both asks for equal rewards")
+            dropped["ties"] += 1
+            continue
+        pairs = Pairs(sides := Examples("sum"))
+        for answers in _orders(labeled):
+            _append(sides, labeled, answers, renderer)
+        pair = pairs[0]
+        if (length := pair.length + 1) > limit:
+            if overlong == "raise":
+                raise DataError(
+                    f"{labeled.where}: {length} tokens, more than max_length={limit}; overlong=drop leaves it out"
+                )
+            dropped[f"longer than {limit} tokens"] += 1
+        elif _targets(pair.chosen) == _targets(pair.rejected):
+            dropped["of the same tokens"] += 1
+        else:
+            examples.extend(sides)
+    return examples, dropped
 
 
 def _orders(labeled: LabeledComparison) -> list[tuple[Sequence[Message], Sequence[Message]]]:
@@ -79,19 +125,17 @@ def _orders(labeled: LabeledComparison) -> list[tuple[Sequence[Message], Sequenc
     return both if labeled.label == "Tie" else [labeled.chosen_and_rejected()]
 
 
-def _pair(
-    labeled: LabeledComparison, chosen: Sequence[Message], rejected: Sequence[Message], renderer: Renderer
-) -> Pair:
+def _append(
+    examples: Examples, labeled: LabeledComparison, answers: Sequence[Sequence[Message]], renderer: Renderer
+) -> None:
     prompt = [_marked(message, False) for message in labeled.comparison.prompt_conversation]
-    renderer, data = offering({"tools": list(labeled.comparison.tools)}, renderer), []
-    for answer in (chosen, rejected):
+    renderer = offering({"tools": list(labeled.comparison.tools)}, renderer)
+    for answer in answers:
         marked = [_marked(message, message["role"] == "assistant") for message in answer]
         try:
-            example = renderer.build_supervised_example([*prompt, *marked], TrainOnWhat.CUSTOMIZED)
-            data.append(datum_from_tokens_weights(*example, reduction="sum"))
+            examples.append(*renderer.build_supervised_example([*prompt, *marked], TrainOnWhat.CUSTOMIZED))
         except DataError as error:
             raise DataError(f"{labeled.where}: {error}") from error
-    return Pair(*data)
 
 
 def _marked(message: Message, trainable: bool) -> Message:

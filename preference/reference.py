@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum
 from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
 from posttrain.tracking.progress import counted
-from preference.pairs import Pair, as_data, sequence_logprobs
+from preference.pairs import Pair, Referenced, as_data, sequence_logprobs
 
 CHUNK = 256  # answers per forward call, and per append to the file
 TOLERANCE = 1e-4  # relative: other threads or another machine change the last digits
@@ -36,24 +35,24 @@ def answer_key(datum: Datum) -> str:
 
 async def with_reference(
     pairs: Sequence[Pair], client: TrainingClient, file: Path, reference: dict[str, Any]
-) -> list[Pair]:
+) -> Sequence[Pair]:
     """The pairs with their reference logprobs. `client` must hold the weights that `reference`
     names. CheckpointError if the file belongs to another reference, by name or by value."""
-    data = {answer_key(datum): datum for datum in as_data(pairs)}
+    keys_D = [answer_key(datum) for pair in pairs for datum in as_data([pair])]
+    places = {key: place for place, key in enumerate(keys_D)}
     known = read_reference(file, reference)
-    keys_D = list(data)
-    chunks = [keys_D[start : start + CHUNK] for start in range(0, len(keys_D), CHUNK)]
+    answers = list(places)
+    chunks = [answers[start : start + CHUNK] for start in range(0, len(answers), CHUNK)]
     # Chunks are always computed whole: the answers in a batch decide the last digits of a logprob.
     needed = [keys for i, keys in enumerate(chunks) if i == 0 or not known.keys() >= set(keys)]
     for keys in counted(needed, f"computing the reference's logprobs, {CHUNK} answers at a time"):
-        computed = zip(keys, await answer_logprobs(client, [data[key] for key in keys]), strict=True)
+        data_D = [as_data([pairs[places[key] // 2]])[places[key] % 2] for key in keys]
+        computed = zip(keys, await answer_logprobs(client, data_D), strict=True)
         new = [(key, logprob) for key, logprob in computed if _is_new(known, key, logprob, file)]
         known |= new
         with file.open("a") as lines:
             lines.writelines(json.dumps({"key": key, "logprob": logprob}) + "\n" for key, logprob in new)
-    return [
-        replace(pair, reference=(known[answer_key(pair.chosen)], known[answer_key(pair.rejected)])) for pair in pairs
-    ]
+    return Referenced(pairs, np.array([known[key] for key in keys_D]).reshape(-1, 2))
 
 
 async def answer_logprobs(client: TrainingClient, data_D: Sequence[Datum]) -> list[float]:

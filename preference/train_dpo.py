@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 
 from posttrain.advise import warn_of_learning_rate
@@ -29,6 +30,7 @@ from preference.pairs import (
     sequence_logprobs,
 )
 from preference.reference import with_reference
+from supervised.examples import Joined, Ordered
 from supervised.train import Evaluator, Pass, training_loop
 
 HEADLINE = {"dpo_loss": "loss", "accuracy": "accuracy", "test/accuracy": "test accuracy"}
@@ -41,7 +43,7 @@ async def main(config: Config) -> Metrics:
 
 
 async def train_on_pairs(
-    config: Config, train: list[Pair], test: list[Pair], evaluator: Evaluator | None = None
+    config: Config, train: Sequence[Pair], test: Sequence[Pair], evaluator: Evaluator | None = None
 ) -> Metrics:
     """The loop on rendered pairs; `config.dataset` is unused. `evaluator` adds held-out metrics."""
     custom = await config.build_evaluators(config.renderer())
@@ -53,10 +55,11 @@ async def train_on_pairs(
             await client.load_state(config.load_checkpoint_path)
         await check_at_start(client, alarms := Alarms(client.get_info(), config.backend.alarm))
         if config.method.needs_reference:  # before a resumed run's own weights are loaded
+            file = folder.path / "reference_logprobs.jsonl"
             names = ("model_name", "load_checkpoint_path", "seed", "lora_rank")
             start = {name: getattr(config, name) for name in names}
-            pairs = await with_reference([*train, *test], client, folder.path / "reference_logprobs.jsonl", start)
-            train, test = pairs[: len(train)], pairs[len(train) :]
+            pairs, cut = await with_reference(Joined([train, test]), client, file, start), len(train)
+            train, test = Ordered(pairs, np.arange(cut)), Ordered(pairs, np.arange(cut, len(pairs)))
 
         async def evaluate(client: TrainingClient) -> Metrics:
             metrics = await evaluate_pairs(client, config.method, test) if test else {}
@@ -78,7 +81,7 @@ async def train_on_pairs(
     return metrics
 
 
-def _pairs(config: Config) -> tuple[list[Pair], list[Pair]]:
+def _pairs(config: Config) -> tuple[Sequence[Pair], Sequence[Pair]]:
     train, test = config.dataset()
     options = (config.renderer(), config.max_length, config.ties, config.overlong)
     pairs = render_pairs(train, *options)

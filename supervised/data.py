@@ -1,27 +1,26 @@
 """Supervised data: files, Hugging Face datasets and mixtures to batches of Datum. Rendered once,
 when the dataset is built: malformed, empty and over-long examples are found before a model loads.
-Left out: streaming from sets that do not fit into memory.
+Left out: streaming from sets whose tokens, 8 bytes
+each, do not fit into memory.
 """
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
-from unittest.mock import patch
+from functools import lru_cache, partial
+from typing import Literal
 
 import chz
 import numpy as np
 
 from posttrain.backend.errors import ConfigError, DataError
-from posttrain.backend.hub import hub_is_reached, hub_reason
 from posttrain.backend.ranges import POSITIVE, WHOLE
-from posttrain.backend.types import Datum, ModelInput, TensorData
+from posttrain.backend.types import Datum
 from posttrain.renderers import with_tools
 from posttrain.renderers.turns import bos, encode_text, eos
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
 from posttrain.tracking.datasets import ListDataset, held_out
-from posttrain.tracking.progress import counted
+from supervised.examples import Examples, Joined, Ordered, by_processes
+from supervised.examples import datum_from_tokens_weights as datum_from_tokens_weights
 from supervised.forms import customized, form_of, one_form, print_form, read_row
 from supervised.names import DATASETS
 from supervised.rows import (
@@ -33,34 +32,9 @@ from supervised.rows import (
     read_rows,
     system_of,
     tools_of,
-    without_nulls,
 )
+from supervised.table_rows import picked, table_rows
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
-
-
-def datum_from_tokens_weights(
-    tokens: Sequence[int], weights: Sequence[float], max_length: int | None = None, reduction: str = "mean"
-) -> Datum:
-    """Predicts token t+1 from the tokens up to t, with the weight of token t+1; the first token's
-    weight is not used. Keeps the first `max_length` tokens. `reduction="mean"` divides by the sum
-    of the kept weights, "sum" does not. DataError if all kept weights are 0."""
-    if reduction not in ("mean", "sum"):
-        raise ConfigError(
-            f"reduction={reduction!r}: it is 'mean' (each example weighs the same) or 'sum' (each token does)"
-        )
-    if len(tokens) != len(weights):
-        raise DataError(f"{len(tokens)} tokens with {len(weights)} weights")
-    tokens_T = np.asarray(tokens[:max_length], dtype=np.int64)
-    weights_T = np.asarray(weights[:max_length], dtype=np.float32)[1:]
-    total = float(weights_T.sum())
-    if not total > 0:
-        raise DataError(
-            f"nothing to train on: the {len(tokens_T)} tokens have no weight (the first token's does not count)"
-        )
-    if reduction == "mean":
-        weights_T = weights_T / total
-    model_input = ModelInput.kept(tokens_T[:-1].tolist())
-    return Datum(model_input, {"target_tokens": TensorData(tokens_T[1:]), "weights": TensorData(weights_T)})
 
 
 def conversation_to_datum(
@@ -103,7 +77,7 @@ class MixtureDataset(ListDataset[Datum]):
         shares = np.asarray(weights) / sum(weights)
         length = max(size / share for size, share in zip(self.sizes, shares, strict=True))
         self.counts = [max(size, round(length * share)) for size, share in zip(self.sizes, shares, strict=True)]
-        super().__init__([datum for source in sources for datum in source], batch_size, seed)
+        super().__init__(Joined(sources), batch_size, seed)
 
     def order(self, epoch: int) -> np.ndarray:
         indices, times, offset = [], [], 0
@@ -131,7 +105,7 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
         doc="examples longer than max_length are dropped, cut at the right, or an error; the count is printed",
     )
 
-    def rows(self) -> tuple[list[Row], list[Row]]:
+    def rows(self) -> tuple[Sequence[Row], Sequence[Row]]:
         """Training rows and held-out rows ([] if there are none)."""
         raise NotImplementedError
 
@@ -140,30 +114,62 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
         raise NotImplementedError
 
     def example(self, fields: Fields, renderer: Renderer) -> tuple[list[int], list[float]]:
-        """Tokens of a row and their weights."""
+        """Tokens of a row and their weights: a function of the row, as several processes share a large set."""
         messages, what = customized(self.messages(fields), self.train_on_what)
         return offering(fields, renderer).build_supervised_example(messages, what)
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
-        train, test = self.rows()
-        if self.test_size:
-            train, test = self._split(train, test)
+        train, test = self._split()
         dataset = ListDataset(self._render(train, renderer), self.batch_size, self.seed)
         return dataset, held_out(self._render(test, renderer, " held out") if test else [], self.batch_size)
 
-    def _split(self, train: list[Row], test: list[Row]) -> tuple[list[Row], list[Row]]:
+    def first(self, renderer: Renderer, count: int) -> list[Datum]:
+        """Up to `count` training examples in their first order, that of a set from which none is
+        dropped. Only their rows are tokenized."""
+        train, _ = self._split()
+        data, limit = Examples(self.reduction), self._limit(renderer)
+        for i in np.random.default_rng([self.seed, 0]).permutation(len(train)):
+            data.extend(self._tokenized(renderer, limit, [train[i]])[0])
+            if len(data) == count:
+                break
+        return [*data]
+
+    def _split(self) -> tuple[Sequence[Row], Sequence[Row]]:
+        train, test = self.rows()
+        if not self.test_size:
+            return train, test
         if test:
             raise ConfigError(f"test_size={self.test_size} and a held-out set: give one of them")
         if not 0 < self.test_size < len(train):
             raise DataError(f"test_size={self.test_size} of {len(train):,} examples: it must leave some to train on")
         chosen = set(np.random.default_rng(self.seed).permutation(len(train))[: self.test_size].tolist())
-        return [row for i, row in enumerate(train) if i not in chosen], [train[i] for i in sorted(chosen)]
+        return picked(train, [i for i in range(len(train)) if i not in chosen]), picked(train, sorted(chosen))
 
-    def _render(self, rows: list[Row], renderer: Renderer, kind: str = "") -> list[Datum]:
+    def _limit(self, renderer: Renderer) -> int:
+        return int(self.max_length or min(renderer.tokenizer.model_max_length, 1 << 30))
+
+    def _render(self, rows: Sequence[Row], renderer: Renderer, kind: str = "") -> Examples:
         """Prints one line: the number of examples, dropped and truncated."""
-        limit = int(self.max_length or min(renderer.tokenizer.model_max_length, 1 << 30))
-        data, overlong, emptied = [], 0, 0
-        for where, fields in counted(rows, f"tokenizing{kind} examples"):
+        data, overlong, emptied, limit = Examples(self.reduction), 0, 0, self._limit(renderer)
+        tokenize = partial(self._tokenized, renderer, limit)
+        for part, too_long, left_empty in by_processes(tokenize, rows, f"tokenizing{kind} examples"):
+            data.extend(part)
+            overlong, emptied = overlong + too_long, emptied + left_empty
+        line = f"{rows[0][0].rsplit(':', 1)[0]}: {len(rows):,}{kind} examples"
+        if overlong:
+            line += f", {overlong:,} longer than {limit} tokens {'dropped' if self.overlong == 'drop' else 'truncated'}"
+        if emptied:
+            line += f" ({emptied:,} of them dropped: nothing to train on was left)"
+        if not data:
+            raise DataError(f"{line}: none is left; raise max_length or check the data")
+        print(line, flush=True)
+        return data
+
+    def _tokenized(self, renderer: Renderer, limit: int, rows: Sequence[Row]) -> tuple[Examples, int, int]:
+        """The examples, how many were longer than `limit` tokens, and how many of these have nothing to
+        train on left."""
+        data, overlong, emptied = Examples(self.reduction), 0, 0
+        for where, fields in rows:
             try:
                 tokens, weights = self.example(fields, renderer)
                 if len(tokens) > limit:
@@ -177,18 +183,10 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
                     if not any(weights[1:limit]):
                         emptied += 1
                         continue
-                data.append(datum_from_tokens_weights(tokens, weights, limit, self.reduction))
+                data.append(tokens, weights, limit)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
-        line = f"{rows[0][0].rsplit(':', 1)[0]}: {len(rows):,}{kind} examples"
-        if overlong:
-            line += f", {overlong:,} longer than {limit} tokens {'dropped' if self.overlong == 'drop' else 'truncated'}"
-        if emptied:
-            line += f" ({emptied:,} of them dropped: nothing to train on was left)"
-        if not data:
-            raise DataError(f"{line}: none is left; raise max_length or check the data")
-        print(line, flush=True)
-        return data
+        return data, overlong, emptied
 
 
 @chz.chz
@@ -198,7 +196,7 @@ class JsonLinesBuilder(ChatDatasetBuilder):
     path: str = chz.field(doc="JSONL file to train on")
     test_path: str | None = chz.field(default=None, doc="held-out JSONL file of the same form")
 
-    def rows(self) -> tuple[list[Row], list[Row]]:
+    def rows(self) -> tuple[Sequence[Row], Sequence[Row]]:
         return read_rows(self.path), read_rows(self.test_path) if self.test_path else []
 
 
@@ -207,10 +205,11 @@ class FileBuilder(JsonLinesBuilder):
     """JSONL of any form in supervised/forms.py, recognised by its rows' fields. A plain text is
     trained on whole, between BOS and EOS."""
 
-    def rows(self) -> tuple[list[Row], list[Row]]:
+    def rows(self) -> tuple[Sequence[Row], Sequence[Row]]:
         train, test = super().rows()
-        form = one_form(train + test, form_of)
-        print_form(self.path, form, train + test, form.also)
+        rows = [*train, *test]
+        form = one_form(rows, form_of)
+        print_form(self.path, form, rows, form.also)
         return train, test
 
     def example(self, fields: Fields, renderer: Renderer) -> tuple[list[int], list[float]]:
@@ -267,41 +266,9 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
             messages = exchange(fields, self.prompt_field, self.completion_field, self.prompt_template)
         return after_system(system_of(fields), messages)
 
-    def rows(self) -> tuple[list[Row], list[Row]]:
-        return self._split_rows(self.split), self._split_rows(self.test_split) if self.test_split else []
-
-    def _split_rows(self, split: str) -> list[Row]:
-        import datasets  # a second of import that the other builders need not wait for
-        from datasets import config as datasets_config
-        from datasets.exceptions import DatasetsError
-
-        path = Path(self.name).expanduser().absolute()  # "." is no folder to load_dataset
-        try:
-            if (path / "dataset_dict.json").exists() or (path / "state.json").exists():
-                saved = datasets.load_from_disk(str(path))
-                if isinstance(saved, datasets.DatasetDict) and split not in saved:
-                    raise ValueError(f"it has {', '.join(map(str, saved))}")
-                table = saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-            else:
-                name, _, revision = (str(path), "", "") if path.exists() else self.name.partition("@")
-                name, files = (str(path.parent), path.name) if path.is_file() else (name, None)
-                unreached = datasets_config.HF_HUB_OFFLINE or not (path.exists() or hub_is_reached())
-                with patch.object(datasets_config, "HF_HUB_OFFLINE", unreached):
-                    table: Any = datasets.load_dataset(
-                        name, self.subset, data_files=files, split=split, revision=revision or None
-                    )
-            rows = [
-                (f"{self.name}[{split}]:{i}", {name: without_nulls(value) for name, value in fields.items()})
-                for i, fields in enumerate(table)
-            ]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, DatasetsError) as error:
-            cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-            reason = " ".join(str(cause).split())[:300]
-            reason = reason if path.exists() else hub_reason(error, reason)
-            raise DataError(f"dataset {self.name!r}, split {split!r}, could not be loaded: {reason}") from error
-        if not rows:
-            raise DataError(f"dataset {self.name!r}, split {split!r}, has no examples")
-        return rows  # type: ignore[return-value]
+    def rows(self) -> tuple[Sequence[Row], Sequence[Row]]:
+        train = table_rows(self.name, self.subset, self.split)
+        return train, table_rows(self.name, self.subset, self.test_split) if self.test_split else []
 
 
 @chz.chz
@@ -325,11 +292,11 @@ class MixtureBuilder(SupervisedDatasetBuilder):
             *(self._examples(i, builder, renderer) for i, builder in enumerate(self.builders)), strict=True
         )
         dataset = MixtureDataset(train, self.weights or [len(source) for source in train], self.batch_size, self.seed)
-        return dataset, held_out([datum for source in test for datum in source], self.batch_size)
+        return dataset, held_out(Joined(test), self.batch_size)
 
     def _examples(
         self, i: int, builder: SupervisedDatasetBuilder, renderer: Renderer
-    ) -> tuple[list[Datum], list[Datum]]:
+    ) -> tuple[Sequence[Datum], Sequence[Datum]]:
         common = {name: getattr(self, name) for name in chz.chz_fields(SupervisedDatasetBuilder)}
         default = SupervisedDatasetBuilder()
         for name, value in common.items():
@@ -337,6 +304,12 @@ class MixtureBuilder(SupervisedDatasetBuilder):
                 raise ConfigError(
                     f"builders.{i}.{name}={getattr(builder, name)}: set {name} on the mixture: it holds for all"
                 )
-        datasets = chz.replace(builder, **{**common, "batch_size": 1})(renderer)
-        train, test = ([d for b in range(len(ds)) for d in ds.get_batch(b)] if ds else [] for ds in datasets)
-        return train, test
+        train, test = chz.replace(builder, **{**common, "batch_size": 1})(renderer)
+        return _in_order(train), _in_order(test) if test else []
+
+
+def _in_order(dataset: SupervisedDataset) -> Sequence[Datum]:
+    """The examples of its first epoch, of a data set that does not make batches of its own without a copy."""
+    if type(dataset) in (ListDataset, MixtureDataset):
+        return Ordered(dataset.items, dataset.order(0))  # type: ignore[attr-defined]
+    return [datum for index in range(len(dataset)) for datum in dataset.get_batch(index)]

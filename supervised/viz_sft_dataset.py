@@ -22,8 +22,9 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import Datum
 from posttrain.renderers import get_renderer
 from posttrain.renderers.turns import decode
-from posttrain.renderers.types import Tokenizer
+from posttrain.renderers.types import Renderer, Tokenizer
 from posttrain.tracking.command_line import by_name, run_command
+from supervised.data import ChatDatasetBuilder
 from supervised.names import DATASETS
 from supervised.types import SupervisedDatasetBuilder
 
@@ -61,18 +62,20 @@ def weighted_share(data: list[Datum]) -> tuple[int, int]:
     return sum(int((w != 0).sum()) for w in weights), sum(len(w) + 1 for w in weights)
 
 
+def examples(builder: SupervisedDatasetBuilder, renderer: Renderer, count: int) -> list[Datum]:
+    """The first `count`; of a file or a Hugging Face set only these are tokenized."""
+    if isinstance(builder, ChatDatasetBuilder):
+        return builder.first(renderer, count)
+    # a set may have fewer examples than a batch
+    dataset, _ = chz.replace(builder, batch_size=1)(renderer)
+    return [datum for index in range(min(count, len(dataset))) for datum in dataset.get_batch(index)][:count]
+
+
 def main(config: Config) -> None:
     tokenizer = load_tokenizer(config.model_name)
-    # a set may have fewer examples than a batch
-    builder = chz.replace(config.dataset, batch_size=1)
-    dataset, _ = builder(get_renderer(config.renderer_name, tokenizer))
+    renderer = get_renderer(config.renderer_name, tokenizer)
     console = Console()
-    data: list[Datum] = []
-    for index in range(len(dataset)):
-        if len(data) >= config.num_examples:
-            break
-        data += dataset.get_batch(index)
-    data = data[: config.num_examples]
+    data = examples(config.dataset, renderer, config.num_examples)
     for i, datum in enumerate(data):
         weighted, total = weighted_share([datum])
         console.rule(f"example {i}: {weighted} of {total} tokens carry loss")

@@ -105,7 +105,7 @@ def test_settings_that_mean_nothing_are_refused() -> None:
 
 def letter_pairs(count: int) -> list[Pair]:
     train, _ = SortedPreferredBuilder()()
-    return render_pairs(train[:count], get_renderer("plain", load_tokenizer("tiny")))
+    return [*render_pairs(train[:count], get_renderer("plain", load_tokenizer("tiny")))]
 
 
 # Trap: all activations alive in a custom loss; gradients that depend on the cut.
@@ -141,7 +141,7 @@ def test_the_reference_is_cached_by_content_and_another_one_is_refused(tmp_path:
         client, other = (service.create_training_client("tiny", seed=seed) for seed in (0, 1))
 
         def cached(pairs: list[Pair], client=client, name: str = "seed 0") -> list[Pair]:
-            return asyncio.run(with_reference(pairs, client, file, {"policy": name}))
+            return [*asyncio.run(with_reference(pairs, client, file, {"policy": name}))]
 
         first = cached(pairs)
         lines = file.read_text().splitlines()

@@ -8,7 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+from posttrain.backend import prompt_scores
 from posttrain.backend.errors import DataError
 from posttrain.backend.spans import Span
 from posttrain.backend.types import ModelInput
@@ -103,7 +105,7 @@ def test_a_long_preparation_counts_what_it_has_done(
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     assert list(counted(range(3), "reading")) == [0, 1, 2]
-    assert capsys.readouterr().out.splitlines()[-1] == "reading: 2 of 3"
+    assert capsys.readouterr().out.splitlines()[-1] == "reading: 2 of 3, ETA 0s"
 
 
 # Trap: with too few spans kept, a step of many rollouts seems idle.
@@ -146,3 +148,19 @@ def test_a_timeline_keeps_the_spans_of_its_last_steps() -> None:
         shares = timeline.metrics(10.0 * step, 10.0 * step + 10)
         assert shares["time/share/sampling"] == pytest.approx(0.9)
     assert len(timeline.spans._closed) == 300
+
+
+# Trap: over a vocabulary of 256,000, 4096 positions were 30 GB of a prompt's distributions.
+def test_distributions_of_a_prompt_are_bounded_by_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert max(block.stop - block.start for block in prompt_scores.blocks(32_000, 256_000)) * 256_000 <= 2**26
+    assert [*prompt_scores.blocks(5000, 260)] == [slice(0, 4096), slice(4096, 5000)]
+    logprobs_TV = torch.randn(50, 11, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
+    targets_TK = np.arange(100).reshape(50, 2) % 11
+
+    def scored() -> prompt_scores.ScoredPrompt:
+        wanted = prompt_scores.PromptScores(targets_TK, draws=3, temperature=0.7, seed=4)
+        return prompt_scores.score_prompt(wanted, 50, 11, logprobs_TV.__getitem__)
+
+    at_once = scored()
+    monkeypatch.setattr(prompt_scores, "ELEMENTS", 7 * 11)
+    assert scored() == at_once

@@ -3,7 +3,7 @@
 need the whole distribution at each position.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +15,8 @@ from posttrain.backend.ranges import Range, RangeError
 from posttrain.backend.types import PromptAltTokens, TensorData
 
 MOST_SCORES = 2**22  # positions times targets or draws, in one call
-ROWS = 4096  # positions whose distribution is in memory at once
+ROWS = 4096  # most positions whose distribution is in memory at once
+ELEMENTS = 2**26  # most of these times the vocabulary: with draws 2 GB
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,19 @@ def check_scores(length: int, vocabulary: int, targets: TensorData | None, draws
         raise DataError(f"{name} has a token outside the vocabulary of {vocabulary}; -1 asks for nothing")
 
 
-def score_prompt(wanted: PromptScores, num_rows: int, logprobs_of: Callable[[slice], torch.Tensor]) -> ScoredPrompt:
+def blocks(num_rows: int, vocabulary: int) -> Iterator[slice]:
+    """Positions whose distributions are in memory at once."""
+    size = min(ROWS, max(1, ELEMENTS // vocabulary))
+    return (slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size))
+
+
+def score_prompt(
+    wanted: PromptScores, num_rows: int, vocabulary: int, logprobs_of: Callable[[slice], torch.Tensor]
+) -> ScoredPrompt:
     """`logprobs_of(rows)` is (T, V), at temperature 1, of positions 1 to `num_rows`."""
     targets_TK, scores, tokens, logprobs = wanted.targets_TK, [], [], []
     generator = torch.Generator().manual_seed(wanted.seed)
-    for start in range(0, num_rows, ROWS):
-        rows = slice(start, min(start + ROWS, num_rows))
+    for rows in blocks(num_rows, vocabulary):
         logprobs_TV = logprobs_of(rows)
         if targets_TK is not None:
             ids_TK = torch.from_numpy(targets_TK[rows]).to(logprobs_TV.device)

@@ -24,7 +24,7 @@ from posttrain.backend.logprobs import fp32_logits, target_logprobs
 from posttrain.backend.merged_lora import AdaptedWeights
 from posttrain.backend.model_checks import check_head
 from posttrain.backend.models import cast_weights, end_token_ids, fails_as
-from posttrain.backend.prompt_scores import ROWS, ScoredPrompt, score_prompt
+from posttrain.backend.prompt_scores import ScoredPrompt, blocks, score_prompt
 from posttrain.backend.types import SampledSequence, SamplingParams, StopReason
 
 # Of prompts that are decoded when a sampler opens, and the relative gap of hidden states that rounding explains.
@@ -221,7 +221,7 @@ class TorchSampler:
                 continue
             hidden_TH = hidden_BTH[b, width - len(prompt) : -1]
             if scores:
-                row.scored = score_prompt(scores, len(hidden_TH), partial(self._distributions, hidden_TH))
+                row.scored = score_prompt(scores, len(hidden_TH), len(head), partial(self._distributions, hidden_TH))
             if k is None:
                 continue
             targets = torch.tensor(prompt[1:], device=self._device)
@@ -236,9 +236,8 @@ class TorchSampler:
     def _topk(self, hidden_TH: torch.Tensor, targets_T: torch.Tensor, k: int) -> list[list[tuple[int, float]]]:
         """Per position the k most likely tokens and the prompt's token, most likely first."""
         entries = []
-        for start in range(0, len(hidden_TH), ROWS):
-            logprobs_TV = self._distributions(hidden_TH, slice(start, start + ROWS))
-            for logprobs_V, target in zip(logprobs_TV, targets_T[start:].tolist(), strict=False):
+        for rows in blocks(len(hidden_TH), self._model.get_output_embeddings().weight.shape[0]):
+            for logprobs_V, target in zip(self._distributions(hidden_TH, rows), targets_T[rows].tolist(), strict=True):
                 tokens = {*logprobs_V.topk(k).indices.tolist(), target}
                 entries.append(
                     sorted(((token, float(logprobs_V[token])) for token in tokens), key=lambda entry: -entry[1])

@@ -175,7 +175,8 @@ class VllmEngine:
         logprobs_TV = torch.full((len(request.prompt) - 1, self._vocabulary), -torch.inf)
         for row_V, entries in zip(logprobs_TV, [*_positions(output.prompt_logprobs)][1:], strict=True):
             row_V[torch.tensor([*entries])] = torch.tensor([*entries.values()])
-        return replace(sampled, scored=score_prompt(request.scores, len(logprobs_TV), logprobs_TV.__getitem__))
+        scored = score_prompt(request.scores, len(logprobs_TV), self._vocabulary, logprobs_TV.__getitem__)
+        return replace(sampled, scored=scored)
 
     def drop(self, requests: Sequence[SequenceRequest]) -> None:
         ids = [self._ids.pop(request) for request in requests if request in self._ids]

@@ -70,14 +70,28 @@ async def reported(waited_for: Awaitable[T], activity: str, seconds: float = 60.
     return task.result()
 
 
+class Count:
+    """Prints every SECONDS_BETWEEN_LINES how many of `total` are done, and for how long the rest takes."""
+
+    def __init__(self, total: int, activity: str):
+        self._total, self._activity, self._done = total, activity, 0
+        self._began = self._printed = time.monotonic()
+
+    def add(self, number: int = 1) -> None:
+        self._done += number
+        now = time.monotonic()
+        if now - self._printed >= SECONDS_BETWEEN_LINES and self._done < self._total:
+            self._printed = now
+            rest = (now - self._began) / self._done * (self._total - self._done)
+            print(f"{self._activity}: {self._done:,} of {self._total:,}, ETA {_duration(rest)}", flush=True)
+
+
 def counted(items: Sequence[T], activity: str) -> Iterator[T]:
     """The items; prints every SECONDS_BETWEEN_LINES how many have been taken."""
-    printed = time.monotonic()
-    for number, item in enumerate(items):
-        if time.monotonic() - printed >= SECONDS_BETWEEN_LINES:
-            printed = time.monotonic()
-            print(f"{activity}: {number:,} of {len(items):,}", flush=True)
+    count = Count(len(items), activity)
+    for item in items:
         yield item
+        count.add()
 
 
 def _make_bar() -> Any:
