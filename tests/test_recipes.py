@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from envs.problem_env import ProblemEnv
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
 from recipes.pretrained.word_sums import WordSumsBuilder
@@ -82,11 +83,13 @@ def test_rl_basic_warm_starts_and_then_trains(tmp_path):
 # Trap: held-out problems that differ from a training problem in a name alone.
 def test_pretrained_holds_numbers_out_and_trains_a_model_of_any_kind(tmp_path):
     renderer = get_renderer("chat_template", load_tokenizer("tiny"))
+    train_set, test_set = asyncio.run(WordSumsBuilder(num_test=100, group_size=1)(renderer))
+    assert test_set
     told = []
-    for data in asyncio.run(WordSumsBuilder(num_test=100, group_size=1)(renderer)):
+    for data in (train_set, test_set):
         groups = [group for batch in range(len(data)) for group in data.get_batch(batch)]
-        problems = [asyncio.run(group.make_envs())[0].problem for group in groups]
-        told.append({(p.gold, *re.findall(r"gets|gives|[0-9]+", p.question)) for p in problems})
+        envs = [env for group in groups for env in asyncio.run(group.make_envs()) if isinstance(env, ProblemEnv)]
+        told.append({(e.problem.gold, *re.findall(r"gets|gives|[0-9]+", e.problem.question)) for e in envs})
     train, test = told
     assert len(test) == 100 and len(train) > 400 and not train & test
     for gold, a, kind, b in train | test:
