@@ -2,8 +2,12 @@
 their weights. Without Ray.
 """
 
+import pickle
+import socket
 import threading
+from collections.abc import Callable
 from concurrent.futures import Future
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,11 +16,11 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from posttrain.backend import cluster, trainer_group, trainer_rank, weight_files
+from posttrain.backend import cluster, ranks, trainer_group, trainer_rank, weight_files
 from posttrain.backend.cluster import ProcessLost
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, DataError, EngineError, OutOfMemoryError, TrainerLostError
-from posttrain.backend.ranks import ALONE
+from posttrain.backend.ranks import ALONE, Processes, joined_processes
 from posttrain.backend.trainer_group import TrainerRanks, _GroupWeights
 from posttrain.backend.trainer_rank import TrainerRank, interface_of
 from posttrain.backend.types import GetInfoResponse
@@ -62,6 +66,83 @@ def test_a_process_that_dies_while_others_wait_for_it_is_heard_of_at_once(monkey
         cluster.answers([waits, dies], "the training processes", 600)
     with pytest.raises(EngineError, match="the training processes did not answer within 0.01 seconds"):
         cluster.answers([waits], "the training processes", 0.01)
+
+
+class WithTwoArguments(Exception):
+    def __init__(self, what: str, where: int):
+        super().__init__(f"{what} in row {where}")
+
+
+def of_a_script() -> Exception:
+    class Local(Exception):
+        pass
+
+    return Local("a bad row")
+
+
+def with_a_lock() -> Exception:
+    error = ValueError("a bad row")
+    error.lock = threading.Lock()  # type: ignore[attr-defined]
+    return error
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (of_a_script, "RuntimeError: Local: a bad row"),
+        (with_a_lock, "RuntimeError: ValueError: a bad row"),
+        (lambda: WithTwoArguments("a zero", 3), "RuntimeError: WithTwoArguments: a zero in row 3"),
+        (lambda: KeyError("labels"), "KeyError: 'labels'"),
+        (lambda: DataError("row 3 is bad"), "DataError: row 3 is bad"),
+    ],
+)
+def test_an_error_of_one_process_reaches_the_others_whatever_its_class(
+    made: Callable[[], Exception], says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What pickle cannot send would end in the sending process alone, which the others wait for."""
+    sent: list[bytes] = []
+
+    def gathered(processes: Processes, item: Any) -> list[Any]:
+        if processes.count == 1:
+            return [item]
+        if processes.rank == 1:
+            sent.append(pickle.dumps(item))
+        return [None, pickle.loads(sent[0])]
+
+    monkeypatch.setattr(Processes, "gathered", gathered)
+    for rank in (1, 0):
+        with pytest.raises(Exception) as raised, Processes(rank, 2).same_outcome():
+            if rank == 1:
+                raise made()
+        assert f"{type(raised.value).__name__}: {raised.value}" == says
+        notes = getattr(raised.value, "__notes__", [])
+        assert ["raise made()" in note for note in notes] == ([] if says.startswith("DataError") else [True])
+    error = made()
+    with pytest.raises(type(error)) as alone, Processes().same_outcome():
+        raise error
+    assert alone.value is error
+
+
+def test_processes_of_torchrun_that_do_not_come_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "MEET", timedelta(seconds=1))
+    variables = {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("MASTER_PORT", raising=False)
+    with pytest.raises(ConfigError, match="WORLD_SIZE=2 is set, and MASTER_PORT is not"), joined_processes():
+        pass
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+        monkeypatch.setenv("MASTER_PORT", port)
+        taken.listen()
+        with pytest.raises(ConfigError, match=f"127.0.0.1:{port} .*address already in use"), joined_processes():
+            pass
+    for rank in ("0", "1"):  # the first waits for the other, and the other for the first
+        monkeypatch.setenv("RANK", rank)
+        said = f"process {rank} of WORLD_SIZE=2 did not meet.*:{port}.* within 1 s: "
+        with pytest.raises(ConfigError, match=said), joined_processes():
+            pass
 
 
 def test_the_interface_of_an_address() -> None:

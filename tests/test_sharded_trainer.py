@@ -117,9 +117,12 @@ CASES: dict[str, tuple[type[Trainer], str, LoraConfig | None, Callable[[Trainer]
     # what its layers train depends on a row's length; it has saved tensors that are no weights
     "compressed": (Trainer, "deepseek_v4", None, partial(losses_of, "ppo")),
     "frozen": (Trainer, "ernie4_5_moe", None, partial(losses_of, "ppo")),  # a new model does not train all
+    "shared layers": (Trainer, "zamba2", None, partial(losses_of, "ppo")),  # weights of one layer are another's, too
     "scalar": (ScalarTrainer, "micro", None, scalars),
     "scalar lora": (ScalarTrainer, "micro", LoraConfig(rank=4), scalars),
 }
+# One process differs by 1.03e-5 between micro-batches of 60 and of 100 tokens, in Mamba's D.
+ROUNDED = {"shared layers": 2e-5}
 SHARDED = {Trainer: ShardedTrainer, ScalarTrainer: ShardedScalarTrainer}
 
 
@@ -145,7 +148,7 @@ FOLDERS: dict[str, str] = {}  # of models that are no presets
 
 
 def use_models_of(folder: Path) -> None:
-    FOLDERS.update({kind: str(folder / kind) for kind in ("deepseek_v4", "ernie4_5_moe")})
+    FOLDERS.update({kind: str(folder / kind) for kind in ("deepseek_v4", "ernie4_5_moe", "zamba2")})
 
 
 def fails_on_one(p_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
@@ -258,6 +261,7 @@ SAVED = {
     "lora": "shard",
     "scalar": "shard",
     "compressed": "shard",
+    "shared layers": "shard",
     "terms": "replicate",
 }
 
@@ -336,7 +340,11 @@ def test_gradients_are_those_of_one_process(several: dict[str, Any]) -> None:
             for name, gradient in several[f"{case}, {sharding}"].items():
                 gap = (gradient - expected[name]).norm()
                 # 0, up to rounding, where a router's weights do not matter
-                assert gap <= rounded(1e-5) * expected[name].norm().clamp(min=1.0), (case, sharding, name)
+                assert gap <= rounded(ROUNDED.get(case, 1e-5)) * expected[name].norm().clamp(min=1.0), (
+                    case,
+                    sharding,
+                    name,
+                )
             assert several[f"{case}, {sharding}"].keys() == expected.keys()
 
 

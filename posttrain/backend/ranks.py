@@ -4,6 +4,8 @@ tensor.
 """
 
 import os
+import pickle
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
@@ -13,14 +15,16 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import PrefixStore, rendezvous  # pyright: ignore[reportPrivateImportUsage]
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from posttrain.backend.config import training_device
-from posttrain.backend.errors import ConfigError
+from posttrain.backend.errors import ConfigError, CookbookError
 
 M = TypeVar("M", bound=nn.Module)
 T = TypeVar("T")
+MEET = timedelta(minutes=5)  # nodes start one after the other
 TIMEOUT = timedelta(minutes=30)  # processes wait for the first process's evaluations and checkpoints
 
 
@@ -73,9 +77,24 @@ class Processes:
 
     def raise_first(self, failed: Exception | None) -> None:
         """Raises in all what failed in the lowest rank that failed. A collective call."""
-        for rank, error in enumerate(self.gathered(failed)):
+        sent = failed and self._sent(failed)
+        for rank, error in enumerate(self.gathered(sent)):
             if error is not None:
-                raise failed if failed is not None and rank == self.rank else error
+                raise sent if sent is not None and rank == self.rank else error
+
+    def _sent(self, failed: Exception) -> Exception:
+        """As the other processes can read it, and the same here: an error that pickle cannot make again, as of a
+        class in the user's script, becomes a RuntimeError. A bug's traceback, which would stay here, is a note."""
+        if self.count == 1:
+            return failed
+        try:
+            pickle.loads(pickle.dumps(failed))
+            sent = failed
+        except Exception:
+            sent = RuntimeError(f"{type(failed).__name__}: {failed}")
+        if not isinstance(sent, CookbookError) and not getattr(sent, "__notes__", None):
+            sent.add_note(f"In training process {self.rank}:\n{''.join(traceback.format_exception(failed))}")
+        return sent
 
 
 ALONE = Processes()
@@ -104,6 +123,24 @@ def check_own_gpus(uuid_R: Sequence[str]) -> None:
         )
 
 
+def _met(count: int) -> tuple[int, Any]:
+    """This process's rank, and the store of torchrun's variables. ConfigError where processes are missing."""
+    if missing := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
+        raise ConfigError(
+            f"WORLD_SIZE={count} is set, and {missing[0]} is not: start the processes by torchrun, or unset WORLD_SIZE"
+        )
+    rank, address = os.environ["RANK"], f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, number, _ = next(rendezvous("env://", timeout=MEET))
+    except (dist.DistError, TimeoutError) as error:
+        raise ConfigError(
+            f"process {rank} of WORLD_SIZE={count} did not meet the others at {address} (MASTER_ADDR, MASTER_PORT) within "
+            f"{MEET.total_seconds():g} s: {str(error).splitlines()[0]}"
+        ) from error
+    store.set_timeout(TIMEOUT)
+    return number, PrefixStore("default_pg", store)
+
+
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
     """The process group of torchrun's variables; without them, one process. Only the first
@@ -113,7 +150,8 @@ def joined_processes() -> Iterator[Processes]:
     if count == 1:
         yield ALONE
         return
-    processes = join(int(os.environ["RANK"]), count)
+    rank, store = _met(count)
+    processes = join(rank, count, store)
     try:
         with open(os.devnull, "w") as devnull, nullcontext() if processes.is_first else redirect_stdout(devnull):
             yield processes

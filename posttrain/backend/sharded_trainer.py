@@ -4,6 +4,7 @@ ranks make the same calls with the same data, each passes its part of the rows, 
 whole outputs and the same errors. Left out: forwards kept for a backward, 8-bit moments, offload.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -104,9 +105,9 @@ class ShardedTrainer(Trainer):
         whole = {name: p.detach() for name, p in self.base.named_parameters()} if self.writes else {}
         # An adapter stays fp32 beside a base that is in the passes' dtype: merged_lora.py adds them up unrounded.
         mesh, dtype = ranks.mesh(), None if self.lora else self.compute_dtype
-        for layer in self._layers():
+        for layer in _of_their_own(self._layers()):
             ranks.sharded(layer, mesh, dtype)
-        # the embedding, the last norm and the head, which a tied embedding is
+        # the embedding, the last norm and the head, which a tied embedding is; layers that share weights
         root = _Passes(self.model, self._whole_head)
         self._root = ranks.sharded(root, mesh, dtype, keep_gathered=True)
         for name, p in self.base.named_parameters():
@@ -248,6 +249,13 @@ class ShardedTrainer(Trainer):
 
 class ShardedScalarTrainer(ShardedTrainer, ScalarTrainer):
     """A scalar model in one of several ranks."""
+
+
+def _of_their_own(layers: Iterable[nn.Module]) -> list[nn.Module]:
+    """The layers without a weight that another has too (as in Zamba): FSDP wants it in one unit."""
+    listed = list(layers)
+    found = Counter(id(p) for layer in listed for p in layer.parameters())
+    return [layer for layer in listed if all(found[id(p)] == 1 for p in layer.parameters())]
 
 
 class _Passes(nn.Module):
