@@ -156,6 +156,16 @@ def test_functions_are_written_without_their_addresses() -> None:
     assert json.loads(json.dumps(saved))["partial"]["function"].endswith(":functions.<locals>.short")
 
 
+# Trap: sixty steps are asked for, and the run ends after the 42 that an epoch has.
+def test_data_that_end_before_max_steps_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    config = train.Config(dataset=ArithmeticExamplesBuilder(), max_steps=60)
+    assert config.num_steps(42) == 42
+    assert "max_steps=60: the data have 42 batches in num_epochs=1" in (said := capsys.readouterr().out)
+    assert "num_epochs=2 has enough" in said
+    assert [config.num_steps(60), config.num_steps(0), chz.replace(config, max_steps=None).num_steps(7)] == [60, 0, 7]
+    assert not capsys.readouterr().out
+
+
 def test_a_long_list_of_changes_is_cut() -> None:
     found = changes({str(n): n for n in range(9)}, {str(n): -n for n in range(9)})
     assert len(found) == 8 and changes_text(found).endswith(" and 2 more")

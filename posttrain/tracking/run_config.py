@@ -136,4 +136,13 @@ class LanguageModelRunConfig(TrainingConfig):
         return LoraConfig(self.lora_rank, self.seed, self.lora_alpha) if self.lora_rank else None
 
     def num_steps(self, batches_per_epoch: int) -> int:
-        return min(batches_per_epoch * self.num_epochs, self.max_steps or 2**62)
+        """Prints a line where the data end before `max_steps`."""
+        available = batches_per_epoch * self.num_epochs
+        if self.max_steps and self.max_steps > available > 0:
+            epochs = -(-self.max_steps // batches_per_epoch)
+            print(
+                f"max_steps={self.max_steps}: the data have {available:,} batches in num_epochs={self.num_epochs}, and "
+                f"the run ends there; num_epochs={epochs} has enough",
+                flush=True,
+            )
+        return min(available, self.max_steps or available)
