@@ -178,7 +178,7 @@ def test_every_batch_has_groups_of_each_set(gsm8k):
         asyncio.run(InterleavedBuilder(builders=env.builders, weights=[1.0])(RENDERER))
     for name in ("batch_size", "group_size", "seed"):
         builders = [env.builders[0], chz.replace(env.builders[1], **{name: 5})]
-        with pytest.raises(ConfigError, match=rf"builders\.1\.{name}=5: set {name} on the whole"):
+        with pytest.raises(ConfigError, match=rf"builders\.1\.{name}=5: set env.{name} instead"):
             asyncio.run(InterleavedBuilder(builders=builders)(RENDERER))
 
 

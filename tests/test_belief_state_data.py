@@ -283,7 +283,7 @@ def test_both_models_are_trained_on_text_fill_in_the_same_stories_and_are_judged
     assert found.stories == 3 and found.failed == 0
     with pytest.raises(ConfigError, match="a GPT decodes greedily"):
         infill.main(chz.replace(planned, run=str(tmp_path / "gpt"), method="plan"))
-    with pytest.raises(CheckpointError, match="no run of train.py with data=text"):
+    with pytest.raises(CheckpointError, match="is not a run of train.py with data=text"):
         infill.main(chz.replace(planned, run=str(tmp_path)))
     (tmp_path / "bst" / "tokenizer" / "tokenizer.json").write_text(
         (tmp_path / "bst" / "tokenizer" / "tokenizer.json")

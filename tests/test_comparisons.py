@@ -144,7 +144,7 @@ SCORED = {"prompt": "p", "completion": "x"}
             {"chosen": [USER, GOOD], "rejected": [say("user", "3+3?"), BAD]},
             "no prompt in common",
         ),
-        (TranscriptBuilder, {"chosen": "hello", "rejected": "hi"}, "no transcript"),
+        (TranscriptBuilder, {"chosen": "hello", "rejected": "hi"}, "not a transcript"),
         (
             RatedPairBuilder,
             {"context": "p", "response1": "x", "response2": "y", "overall_preference": "a"},

@@ -233,7 +233,7 @@ def test_tool_calls_and_tools_of_files_are_trained_on(tmp_path: Path):
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "are preferences, which preference/train_cli.py"),
         ({"prompt": "a", "completion": "b", "label": True}, "KTO"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "the role 'robot'"),
-        ({"conversations": "a"}, "no list of objects"),
+        ({"conversations": "a"}, "not a list of objects"),
         ({"text": ""}, "is empty"),
         ({"instruction": 1, "output": "a"}, "must be texts"),
     ],

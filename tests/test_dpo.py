@@ -187,7 +187,7 @@ def test_bad_input_is_refused_before_a_model_is_loaded(tmp_path: Path) -> None:
 
 def test_fewer_pairs_than_a_batch_are_trained_on_and_said_once(tmp_path: Path, capsys) -> None:
     asyncio.run(train_dpo.main(config(tmp_path / "run", batch_size=1000, max_steps=1, eval_every=0)))
-    assert capsys.readouterr().out.count("batch_size=1000 is more than the 86 pairs there are") == 1
+    assert capsys.readouterr().out.count("batch_size=1000 is more than the 86 pairs:") == 1
     assert read_metrics(tmp_path / "run")[0]["num_pairs"] == 86
 
 

@@ -149,5 +149,5 @@ def test_options_that_would_refill_for_ever_or_in_vain_are_refused(tmp_path: Pat
     with pytest.raises(ConfigError, match="with group_size=1 all rewards of a group are equal"):
         asyncio.run(train.main(alone))
     scored = config(tmp_path, max_refills=2, batch_reward=LikelihoodRewardBuilder())
-    with pytest.raises(ConfigError, match="a batch_reward comes after the sampling"):
+    with pytest.raises(ConfigError, match="a batch_reward is computed after the sampling"):
         asyncio.run(train.main(scored))

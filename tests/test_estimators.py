@@ -355,11 +355,14 @@ DISTILLED = {"distill": Distillation(teacher="small"), "advantage": NoReward()}
         ({"critic": CriticConfig(model="policy"), "advantage": NoReward(), "learning_rate": 0.0}, "a tiny one"),
         ({**DISTILLED, "kl": KLPenalty(coef=0.1, where="reward")}, "kl.where=reward changes the reward, which"),
         ({**DISTILLED, "length": LengthPenalty(kind="kimi")}, "length.kind=kimi changes the reward, which"),
-        ({"kl": KLPenalty(coef=0.1, where="reward", discount=0.5)}, "kl.discount=0.5 is of kl.where=advantage"),
-        ({"loss_fn": "ppo", "loss_fn_config": {"clip_high_threshold": 0.28}}, "clip_high_threshold=0.28 .*no epsilon"),
-        ({"loss_fn": "gspo", "loss_fn_config": {"clip_low_threshold": 1.1}}, "clip_low_threshold=1.1 cuts tokens"),
-        ({"mismatch": MismatchCorrection(mode="mask", low=3.0, high=4.0)}, "mismatch.low=3.0 cuts tokens"),
-        ({"mismatch": MismatchCorrection(mode="truncate", high=0.2)}, "mismatch.high=0.2 cuts tokens"),
+        ({"kl": KLPenalty(coef=0.1, where="reward", discount=0.5)}, "kl.discount=0.5 needs kl.where=advantage"),
+        (
+            {"loss_fn": "ppo", "loss_fn_config": {"clip_high_threshold": 0.28}},
+            "clip_high_threshold=0.28 .*for an epsilon of 0.2 give 0.8 or 1.2",
+        ),
+        ({"loss_fn": "gspo", "loss_fn_config": {"clip_low_threshold": 1.1}}, "clip_low_threshold=1.1 clips tokens"),
+        ({"mismatch": MismatchCorrection(mode="mask", low=3.0, high=4.0)}, "mismatch.low=3.0 clips tokens"),
+        ({"mismatch": MismatchCorrection(mode="truncate", high=0.2)}, "mismatch.high=0.2 clips tokens"),
     ],
 )
 def test_options_that_would_have_no_effect_or_teach_nothing_are_refused(

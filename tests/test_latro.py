@@ -378,7 +378,7 @@ def test_one_bos_and_answers_begin_where_the_stop_was():
     ("options", "message"),
     [
         ({"rloo_k": 1}, "the least that works is rloo_k=2"),
-        ({"train_batch_size": 100}, "no multiple of rloo_k=8; the nearest is train_batch_size=96"),
+        ({"train_batch_size": 100}, "not a multiple of rloo_k=8; the nearest is train_batch_size=96"),
         (
             {"train_batch_size": 1600},
             "wants 200 questions per update, and there are 100; the largest that works is train_batch_size=800",

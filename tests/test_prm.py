@@ -404,7 +404,7 @@ def test_held_out_chains_are_never_trained_on(plain: Renderer) -> None:
         assert test is not None and {b.env_thunk().question() for b in test.get_batch(0)} <= held_out  # type: ignore[attr-defined]
     totals = [int(step.split("=")[-1].strip("#")) for chain in task.chains(300, [5]) for step in chain.steps]
     assert min(totals) >= 0 and max(totals) <= 99
-    with pytest.raises(ConfigError, match="there are not 30 such chains"):
+    with pytest.raises(ConfigError, match="there are fewer than 30 such chains"):
         ChainTask(num_steps=1, max_total=9, max_term=1).draw(30, [0])
 
 

@@ -84,10 +84,10 @@ def test_impossible_settings_are_refused_at_the_start(case: str, tmp_path: Path,
     ("options", "message"),
     [
         ({"rloo_k": 1}, "rloo_k=1"),
-        ({"train_batch_size": 100}, "no multiple of rloo_k"),
+        ({"train_batch_size": 100}, "not a multiple of rloo_k"),
         ({"max_updates": 3}, "num_evaluations=10 in 3 updates"),
         ({"dataset": ToyBuilder(num_validation=0)}, "num_validation=0"),
-        ({"dataset": ToyBuilder(num_digits=3)}, "no 8200"),
+        ({"dataset": ToyBuilder(num_digits=3)}, "fewer than 8200"),
     ],
 )
 def test_latro_checks_sizes_and_data_before_its_warm_start(options: dict[str, Any], message: str, tmp_path: Path):

@@ -307,7 +307,7 @@ def test_length_baseline_takes_its_direction_from_the_training_data():
     test = [LabeledComparison(pair("q", "ab", "c"), "B"), LabeledComparison(pair("q", "ab", "c"), "A")]
     test += [LabeledComparison(pair("q", "a", "b"), "A"), LabeledComparison(pair("q", "ab", "c"), "Tie")]
     assert length_baseline(train, test) == pytest.approx((1 + 0 + 0.5) / 3)
-    with pytest.raises(DataError, match="not one that is decided"):
+    with pytest.raises(DataError, match="all 1 comparisons are ties"):
         length_baseline(train, test[-1:])
 
 

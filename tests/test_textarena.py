@@ -303,7 +303,7 @@ def test_a_frozen_policy_as_the_opponent() -> None:
     assert turns[0][0][2] == {"illegal": 0.0} and rewards[0][0] == 1.0
     assert rewards[0][1] | {"win": 1.0, "ended_illegally": 1.0, "turns": 2.0} == rewards[0][1]
     too_small = FrozenPlayer(policy=chz.replace(policy, base_model="tiny"))
-    with pytest.raises(FrozenPolicyError, match="the context 512"):
+    with pytest.raises(FrozenPolicyError, match="the context of 512"):
         play(group(chz.replace(config, opponent=too_small)), ["[4]"])
 
 
