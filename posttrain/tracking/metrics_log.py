@@ -89,7 +89,9 @@ def print_metrics_table(metrics: Mapping[str, float], title: str, names: Sequenc
     from rich import get_console
     from rich.table import Table
 
-    table = Table("metric", title=title, title_justify="left", header_style="dim", title_style="bold")
+    table = Table(
+        "metric", title=title, title_justify="left", header_style="dim", title_style="bold", min_width=len(title)
+    )
     table.add_column("value", justify="right")
     shown = sorted(metrics) if names is None else names
     for name, following in zip_longest(shown, shown[1:]):
