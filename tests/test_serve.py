@@ -49,6 +49,8 @@ class Http:
         """What retrieve_future answers for an accepted request."""
         assert response.status_code == 200, response.text
         answer = await self.call("retrieve_future", request_id=response.json()["request_id"])
+        while answer.status_code == 408:  # try again, as clients do: a loaded machine takes longer than one poll
+            answer = await self.call("retrieve_future", request_id=response.json()["request_id"])
         assert answer.status_code == 200, answer.text
         return answer
 
