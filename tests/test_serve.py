@@ -48,9 +48,10 @@ class Http:
     async def result(self, response: httpx.Response) -> httpx.Response:
         """What retrieve_future answers for an accepted request."""
         assert response.status_code == 200, response.text
-        answer = await self.call("retrieve_future", request_id=response.json()["request_id"])
-        while answer.status_code == 408:  # try again, as clients do: a loaded machine takes longer than one poll
-            answer = await self.call("retrieve_future", request_id=response.json()["request_id"])
+        number = response.json()["request_id"]
+        # 408 is to try again, as clients do: a loaded machine takes longer than one poll
+        while (answer := await self.call("retrieve_future", request_id=number)).status_code == 408:
+            pass
         assert answer.status_code == 200, answer.text
         return answer
 

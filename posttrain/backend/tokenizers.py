@@ -126,10 +126,10 @@ def _as_in_tekken(folder: Path) -> "PreTrainedTokenizerBase":
             "a tokenizer.json and its chat template beside it, as the newer of Mistral's repositories have them"
         )
     theirs = Tekkenizer.from_file(folder / "tekken.json").encode(CASES, bos=False, eos=False)
-    as_it_is, mended = (
-        PreTrainedTokenizerFast.from_pretrained(folder, fix_mistral_regex=mend) for mend in (False, True)
-    )
-    return mended if mended.encode(CASES, add_special_tokens=False) == theirs else as_it_is
+    mended = PreTrainedTokenizerFast.from_pretrained(folder, fix_mistral_regex=True)
+    if mended.encode(CASES, add_special_tokens=False) == theirs:
+        return mended
+    return PreTrainedTokenizerFast.from_pretrained(folder, fix_mistral_regex=False)
 
 
 def _warn_of_other_words(tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:

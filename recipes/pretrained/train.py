@@ -40,7 +40,7 @@ class Config(train.Config):
     eval_every: int = chz.field(default=10, validator=WHOLE, doc="held-out accuracy after every this many steps")
     log_path: str = log_path_field("runs/pretrained")
     backend: BackendConfig = chz.field(
-        # on a CPU, passes of more tokens than a step has would only be planned memory
+        # a step has fewer tokens than the default's 16,384, whose memory a plan would count
         default_factory=lambda: BackendConfig(micro_batch_tokens=4096),
         doc="how this machine trains and samples",
     )
