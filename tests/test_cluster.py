@@ -56,7 +56,8 @@ from posttrain.backend.cluster import Cluster, answer
 from posttrain.backend.config import BackendConfig
 from tests.processes import Actor
 cluster = Cluster(BackendConfig(engine="torch", sampler_replicas=2), Path(sys.argv[1]))
-pid, _ = answer(cluster.start(Actor).process.remote(), "the actor", 300)
+actor = cluster.start(Actor)  # Ray ends an actor that nobody holds
+pid, _ = answer(actor.process.remote(), "the actor", 300)
 print(pid, cluster.folder, flush=True)
 time.sleep(600)
 """
