@@ -289,7 +289,6 @@ RECIPES = [
             )
             for when, take in zip(("before RL", "after RL"), FIRST_AND_LAST, strict=True)
         },
-        seeds=(0,),
     ),
     tool_calls("tool_calls", "train.py", "with_calculator"),
     tool_calls("retrieval", "retrieval.py", "with_search"),
