@@ -344,6 +344,7 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
             f"{path} adapts the embedding or the output layer of {base}, which are one matrix there: merged, the "
             "adapter would change both"
         )
+    _check_biases(path, saved, adapted)
     live = _tensors(adapted)
     if different := sorted(live.keys() ^ (saved.keys() - (copies - live.keys()))):
         if ".lora_" not in different[0] and different[0] in saved:
@@ -356,6 +357,17 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
             if name in live:
                 live[name].copy_(tensor)
     return adapted
+
+
+def _check_biases(path: Path, saved: Iterable[str], adapted: PeftModel) -> None:
+    bias = adapter_config(path).get("bias") or "none"
+    layers = (getattr(module, "base_layer", None) for module in adapted.modules())
+    has_biases = any(getattr(layer, "bias", None) is not None for layer in layers)
+    if bias != "none" and has_biases and not any(name.endswith(".bias") for name in saved):
+        raise CheckpointError(
+            f"{path} was trained with bias={bias} and holds no bias: peft before 0.21 does not write them. Save the adapter "
+            "again with peft 0.21 or later, from the program that trained it"
+        )
 
 
 def _tensors(model: PeftModel) -> dict[str, torch.Tensor]:
