@@ -1,13 +1,17 @@
 """What the tests of cancelled calls and of closing share: calls that take a while, and waiting."""
 
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 import torch
 
 from posttrain.backend.futures import APIFuture
 from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, ModelInput, SamplingParams
 from tests.conftest import policy_data, random_tokens
@@ -26,6 +30,21 @@ def wait_until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.002)
+
+
+@contextmanager
+def held(sampler: SamplingClient) -> Iterator[None]:
+    """Nothing is decoded before the block ends: what is asked for in it is in flight, however long the caller waits
+    for a core."""
+    thread: Any = sampler._engine
+    engine, ended = thread._engine, threading.Event()
+    step = engine.step
+    engine.step = lambda: (ended.wait(PATIENCE), step())[1]
+    try:
+        yield
+    finally:
+        ended.set()
+        del engine.step
 
 
 def sum_of_logprobs(data, logprobs_D):  # noqa: ANN001, ANN201
