@@ -21,6 +21,7 @@ from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.renderers.plain import PlainRenderer
 
+pytestmark = pytest.mark.usefixtures("patient_sandbox")
 RENDERER = PlainRenderer(character_tokenizer(4096))
 
 MMLU_PRO = {
