@@ -27,7 +27,10 @@ pytestmark = [
 ]
 
 
-def test_errors_arrive_with_their_attributes_and_a_killed_process_as_lost(cluster: Cluster) -> None:
+def test_errors_arrive_with_their_attributes_and_a_killed_process_as_lost(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     actor = cluster.start(Actor)
     pid, threads = answer(actor.process.remote(), "the actor", 300)
     assert pid != os.getpid() and threads == "1"
@@ -126,9 +129,12 @@ def test_a_start_that_fails_is_repeated_and_leaves_no_folder(tmp_path: Path, mon
 
 
 @contextmanager
-def server(says: bytes | None) -> Iterator[str]:
-    """The address of a server that answers with these bytes; None = not at all."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+def server(says: bytes | None, listens: bool = True) -> Iterator[str]:
+    """The address of a server that answers with these bytes; None = not at all. One that does not listen keeps its
+    port from others."""
+    with socket.create_server(("127.0.0.1", 0)) if listens else socket.socket() as listening:
+        if not listens:
+            listening.bind(("127.0.0.1", 0))
 
         def answer_one() -> None:
             with suppress(OSError):
@@ -149,12 +155,11 @@ def test_an_address_without_a_cluster_is_refused_at_once(
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(posttrain.backend.ray_process, "REACH_SECONDS", 1.0)
-    with server(says.encode() if says.startswith("HTTP") else None) as address:
-        if says != "gone":
-            with pytest.raises(ConfigError, match=f"no Ray cluster at backend.cluster={address} .*`ray start --head`"):
-                Cluster(BackendConfig(sampler_replicas=1, cluster=address), tmp_path)
-    if says == "gone":
-        with pytest.raises(ConfigError, match=r"\(\[Errno 111\] Connection refused\): start it by"):
+    with server(says.encode() if says.startswith("HTTP") else None, listens=says != "gone") as address:
+        expected = f"no Ray cluster at backend.cluster={address} .*`ray start --head`"
+        if says == "gone":
+            expected = r"\(\[Errno 111\] Connection refused\): start it by"
+        with pytest.raises(ConfigError, match=expected):
             Cluster(BackendConfig(sampler_replicas=1, cluster=address), tmp_path)
 
 

@@ -4,8 +4,8 @@ process of its own: one that has started a Ray, which has a token, refuses the c
 """
 
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -34,15 +34,14 @@ ENVIRONMENT = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_AUTH_
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The cluster's address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("head") / "log"
-    command = [*START, "--head", f"--port={port}", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
+    command = [*START, "--head", "--port=0", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
     with log.open("w") as out:
         node = subprocess.Popen(command, stdout=out, stderr=out, env=ENVIRONMENT)
     wait_until(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None)
     assert node.poll() is None, log.read_text()
-    yield f"127.0.0.1:{port}"
+    (address,) = set(re.findall(r"--address='(127\.0\.0\.1:\d+)'", log.read_text()))
+    yield address
     end(node)
 
 
