@@ -434,7 +434,7 @@ def test_a_dead_engine_fails_its_callers_and_nothing_hangs(
 
     monkeypatch.setattr("posttrain.backend.torch_sampler.TorchSampler._decode", explode)
     with pytest.raises(EngineError, match="boom") as caught:
-        client.sample(prompt_of(5), 1, GREEDY).result(10)
+        client.sample(prompt_of(5), 1, GREEDY).result(600)
     assert isinstance(caught.value.__cause__, ValueError)
     with pytest.raises(EngineError):
         client.sample(prompt_of(5), 1, GREEDY)

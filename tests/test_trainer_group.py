@@ -173,14 +173,15 @@ def test_a_run_goes_on_from_its_checkpoint_when_a_rank_dies(tmp_path: Path) -> N
 
 
 def test_two_runs_beside_each_other_are_independent(tmp_path: Path) -> None:
-    """Two commands on one machine, started together; one is killed, the other goes on to its end."""
-    killed, other = command(tmp_path / "killed", 100_000), command(tmp_path / "other", 100)
+    """Two commands on one machine, started together; one is killed, the other goes on until it is asked to stop."""
+    killed, other = (command(tmp_path / name, 100_000) for name in ("killed", "other"))
     both = [tmp_path / name for name in ("killed", "other")]
-    wait_until(lambda: min(map(steps_of, both)) > 3 or other.poll() is not None, 500)
+    wait_until(lambda: min(map(steps_of, both)) > 3 or None not in (killed.poll(), other.poll()), 500)
     family = descendants(killed.pid)
     assert other.poll() is None and len(actors("TrainerRank", killed.pid)) == 2
     killed.kill()
-    before = steps_of(tmp_path / "other")
-    assert other.wait() == 0, other.output()[-2000:]
-    assert steps_of(tmp_path / "other") == 100 > before
     wait_until(lambda: not any(runs(pid) for pid in family))
+    before = steps_of(tmp_path / "other")
+    wait_until(lambda: steps_of(tmp_path / "other") > before + 3 or other.poll() is not None, 500)
+    other.send_signal(signal.SIGINT)
+    assert other.wait() == 130 and "its state is saved" in other.output(), other.output()[-2000:]

@@ -8,6 +8,7 @@ import asyncio
 import os
 import signal
 import threading
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -33,7 +34,13 @@ BACKEND = BackendConfig(engine="vllm", sampler_replicas=1, tensor_parallel=2, ma
 
 
 def segments() -> set[str]:
-    return {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp", "vllm_", FOLDER))}
+    """Those that no process has mapped, as other runs on this machine have theirs."""
+    names = {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp", "vllm_", FOLDER))}
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # it has ended
+            text = maps.read_text(errors="replace")
+            names -= {name for name in names if f"/dev/shm/{name}" in text}
+    return names
 
 
 def test_a_replica_of_two_processes_follows_the_trainer_and_is_replaced(
@@ -41,7 +48,7 @@ def test_a_replica_of_two_processes_follows_the_trainer_and_is_replaced(
 ) -> None:
     # kernels are compiled, as on a machine's first run: that leaves semaphores in its processes
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-    before = segments()  # of other runs on this machine
+    before = segments()  # of runs that were killed
     with ServiceClient(BACKEND, tmp_path) as service:
         client = service.create_training_client("tiny")
         for _ in range(2):
