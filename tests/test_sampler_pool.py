@@ -20,6 +20,7 @@ from posttrain.backend.spans import Spans
 from posttrain.backend.types import SampledSequence, SampleResponse, SamplingParams
 from posttrain.backend.weight_files import FileWeights
 from posttrain.backend.weight_versions import Policy, SnapshotMemory, WeightVersion
+from tests.calls_in_flight import wait_until
 
 # --- routing ------------------------------------------------------------------------------------
 
@@ -146,14 +147,14 @@ def failed(error: Exception) -> Future:
 
 
 class Pool:
-    def __init__(self, folder: Path, size: int = 2, restarts: int = 0, answers: bool = True, seconds: float = 60.0):
+    def __init__(self, folder: Path, size: int = 2, restarts: int = 0, answers: bool = True):
         self.replicas: list[FakeReplica] = []
 
         def start(index: int) -> FakeReplica:
             self.replicas.append(FakeReplica(index, answers or len(self.replicas) >= size))
             return self.replicas[-1]
 
-        self.pool = SamplerPool(start, size, folder, restarts, seconds, deterministic=False)
+        self.pool = SamplerPool(start, size, folder, restarts, 60.0, deterministic=False)
         self.policy, self.folder, self.memory = Policy(SnapshotMemory(1.0), False), folder, SnapshotMemory(1.0)
         self.tensor = torch.zeros(3, 2)
 
@@ -174,7 +175,8 @@ class Pool:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[Callable[..., Pool]]:
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Pool]]:
+    monkeypatch.setattr("posttrain.backend.sampler_pool.WATCH_SECONDS", 0.02)
     pools: list[Pool] = []
 
     def new(**options) -> Pool:  # noqa: ANN003
@@ -188,13 +190,6 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Pool]]:
             pool.policy.newest.drop()
     gc.collect()  # a failed sync keeps its frame
     wait_until(lambda: not list(tmp_path.iterdir()))  # published weights are gone
-
-
-def wait_until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def test_nothing_is_sampled_without_weights_and_the_version_moves_after_all_replicas(
@@ -257,7 +252,7 @@ def test_a_replacement_serves_only_once_it_has_weights(make: Callable[..., Pool]
 @pytest.mark.parametrize("restarts", [1, 2])
 def test_a_replacement_that_fails_is_replaced(restarts: int, make: Callable[..., Pool]) -> None:
     """As where the dead one's memory is not free yet."""
-    pool = make(restarts=restarts, seconds=0.4)
+    pool = make(restarts=restarts)
     pool.sync()
     start = pool.pool._start
 
@@ -337,12 +332,13 @@ def test_a_replica_that_dies_in_a_sync_leaves_the_others(make: Callable[..., Poo
 
 
 def test_a_replica_that_decodes_nothing_is_killed(make: Callable[..., Pool]) -> None:
-    pool = make(answers=False, seconds=0.2)
+    pool = make(answers=False)
     pool.sync()
     future = pool.sample(1)
     (hanging,) = [replica for replica in pool.replicas if replica.asked]
     (other,) = [replica for replica in pool.replicas if not replica.asked]
     other.answers = True
+    pool.pool._call_seconds = 0.2
     assert future.result(60) == [1] and hanging.dead and not other.dead
 
 
@@ -366,7 +362,7 @@ def test_the_pool_records_what_its_replicas_are_at(make: Callable[..., Pool]) ->
 
 
 def test_a_death_without_requests_is_noticed(make: Callable[..., Pool]) -> None:
-    pool = make(restarts=1, seconds=1.0)
+    pool = make(restarts=1)
     pool.sync()
     pool.replicas[0].kill()
     wait_until(lambda: len(pool.replicas) == 3 and pool.replicas[2].number == 0)
