@@ -1,35 +1,22 @@
-"""What the tests of cancelled calls and of closing share: calls that take a while, and waiting."""
+"""What the tests of cancelled calls and of closing share: calls that take a while."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 
 from posttrain.backend.futures import APIFuture
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.training_client import TrainingClient
-from posttrain.backend.types import AdamParams, ModelInput, SamplingParams
-from tests.conftest import policy_data, random_tokens
+from posttrain.backend.types import AdamParams, SamplingParams
+from tests.conftest import policy_data
+from tests.processes import PATIENCE
 
-PATIENCE = 600.0  # seconds until a wait is taken for a hang
 STEP = AdamParams(1e-3)
 LONG = SamplingParams(max_tokens=100, seed=1, stop=[])
-
-
-def prompt_of(length: int, seed: int = 0) -> ModelInput:
-    return ModelInput.from_ints(random_tokens(np.random.default_rng([seed, length]), length))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
 
 
 @contextmanager

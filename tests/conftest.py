@@ -215,6 +215,10 @@ def random_tokens(rng: np.random.Generator, length: int) -> list[int]:
     return rng.integers(4, VOCABULARY, length).tolist()
 
 
+def prompt_of(length: int, seed: int = 0) -> ModelInput:
+    return ModelInput.from_ints(random_tokens(np.random.default_rng([seed, length]), length))
+
+
 def policy_data(count: int, seed: int = 0, longest: int = 30) -> list[Datum]:
     """Ragged data for the policy losses: a random mask, sampler logprobs near those of an untrained
     model.

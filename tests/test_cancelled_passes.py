@@ -17,8 +17,9 @@ from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams
-from tests.calls_in_flight import PASSES, PATIENCE, STEP, sum_of_logprobs
+from tests.calls_in_flight import PASSES, STEP, sum_of_logprobs
 from tests.conftest import policy_data, trainer_of
+from tests.processes import PATIENCE
 
 
 def weights(client: TrainingClient) -> dict[str, torch.Tensor]:

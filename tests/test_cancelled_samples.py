@@ -15,8 +15,9 @@ from posttrain.backend.futures import APIFuture
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import SampleResponse, SamplingParams
-from tests.calls_in_flight import LONG, PATIENCE, held, prompt_of, wait_until
-from tests.conftest import rounded
+from tests.calls_in_flight import LONG, held
+from tests.conftest import prompt_of, rounded
+from tests.processes import PATIENCE, wait_until
 
 
 @pytest.fixture(scope="module", params=["torch", "vllm"])

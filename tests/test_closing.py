@@ -23,8 +23,9 @@ from posttrain.backend.types import Datum
 from rl import train
 from rl.frozen_policy import FrozenPolicy
 from rl.rollouts import RolloutLimits
-from tests.calls_in_flight import LONG, PASSES, PATIENCE, STEP, prompt_of, wait_until
-from tests.conftest import ROOT, policy_data
+from tests.calls_in_flight import LONG, PASSES, STEP
+from tests.conftest import ROOT, policy_data, prompt_of
+from tests.processes import PATIENCE, wait_until
 
 
 def engines() -> set[threading.Thread]:
@@ -179,7 +180,7 @@ def test_ctrl_c_ends_processes_before_it_waits_for_their_calls(tmp_path: Path) -
     cluster: Any = SimpleNamespace(close=lambda: None)
 
     def until_killed(data_D: Sequence[Datum], p_D: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        return p_D[0].sum(), {"killed": float(killed.wait(60))}
+        return p_D[0].sum(), {"killed": float(killed.wait(PATIENCE))}
 
     with pytest.raises(KeyboardInterrupt), ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
         service._cluster, service._ranks = cluster, ranks

@@ -27,7 +27,7 @@ from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.renderers.turns import encode, eos
 from rl.types import RolloutError
-from tests.calls_in_flight import wait_until
+from tests.processes import wait_until
 
 QUICK = SandboxLimits(cpu_seconds=2, wall_seconds=120.0, memory_mb=256, file_mb=4)
 IMPATIENT = chz.replace(QUICK, wall_seconds=1.0)  # where a time-out is what is wanted

@@ -22,7 +22,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import AdamParams
 from tests.conftest import policy_data
-from tests.processes import descendants, runs, wait_until
+from tests.processes import PATIENCE, descendants, runs, wait_until
 from tests.test_replicas import gap
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
@@ -48,7 +48,7 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def end(node: "subprocess.Popen[bytes]") -> None:
     family = descendants(node.pid)
     node.terminate()
-    node.wait(60)
+    node.wait(PATIENCE)
     wait_until(lambda: not any(runs(pid) for pid in family))
 
 

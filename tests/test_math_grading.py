@@ -416,7 +416,7 @@ def test_grading_from_coroutines_beside_a_comparison_that_hangs():
 def test_grading_from_coroutines_leaves_the_loop_free(monkeypatch: pytest.MonkeyPatch):
     """The grader here waits for the loop."""
     free = threading.Event()
-    monkeypatch.setattr(WORKER, "ask", lambda *_: {"equal": free.wait(60)})
+    monkeypatch.setattr(WORKER, "ask", lambda *_: {"equal": free.wait(600)})
 
     async def grade() -> bool:
         grading = asyncio.create_task(is_equal_async(r"\sqrt{2}", "2^{1/2}"))

@@ -26,8 +26,8 @@ from posttrain.serve.local_server import LocalServer
 from posttrain.serve.openai_answers import ChatAnswer, ChatFeed
 from posttrain.serve.openai_api import OnTokens, ServedModel, no_endpoint, openai_routes
 from posttrain.serve.openai_requests import Options
-from tests.calls_in_flight import wait_until
 from tests.conftest import rounded
+from tests.processes import PATIENCE, wait_until
 
 CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hällo 🙂"}]
 
@@ -61,7 +61,7 @@ def client(server: str) -> openai.OpenAI:
 
 
 def post(url: str, fields: dict[str, Any]) -> httpx.Response:
-    return httpx.post(url, json={"model": "tiny"} | fields, timeout=60)
+    return httpx.post(url, json={"model": "tiny"} | fields, timeout=PATIENCE)
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -113,7 +113,7 @@ class Halting(ServedModel):
 
     async def sample(self, prompt: list[int], n: int, params: SamplingParams, on_tokens: OnTokens) -> SampleResponse:
         on_tokens(0, [65, 66])
-        assert await asyncio.to_thread(self.read.wait, 60)
+        assert await asyncio.to_thread(self.read.wait, PATIENCE)
         return SampleResponse([SampledSequence([65, 66, 67], [0.0] * 3, "length")])
 
 
@@ -358,7 +358,7 @@ class Waiting(ServedModel):
     async def sample(self, prompt: list[int], n: int, params: SamplingParams, on_tokens: OnTokens) -> SampleResponse:
         self.began.set()
         try:
-            await asyncio.sleep(60)
+            await asyncio.sleep(3600)
         finally:
             self.cancelled.set()
         raise AssertionError
@@ -371,9 +371,9 @@ def test_a_stream_that_is_given_up_before_its_first_token_frees_its_place(models
         connection = HTTPConnection(str(address.hostname), address.port)
         ask = json.dumps({"model": "waiting", "prompt": "a", "stream": True})
         connection.request("POST", "/v1/completions", ask, {"content-type": "application/json"})
-        assert waiting.began.wait(60)
+        assert waiting.began.wait(PATIENCE)
         connection.close()
-        assert waiting.cancelled.wait(50)  # before it ends by itself
+        assert waiting.cancelled.wait(PATIENCE)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from posttrain.backend.left_behind import FOLDER
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import SamplingParams
 from rl import train
-from tests.processes import actors, descendants, runs, title, wait_until
+from tests.processes import PATIENCE, actors, descendants, runs, title, wait_until
 from tests.test_group_sources import config, metrics
 from tests.test_replicas import PROMPTS, gap, step
 
@@ -59,10 +59,10 @@ def test_a_replica_of_two_processes_follows_the_trainer_and_is_replaced(
         assert len(workers) == 2
         # short: the two wait for each other at every layer, long on a busy machine
         params = SamplingParams(max_tokens=16, seed=3, stop=[])
-        expected = sampler.sample(PROMPTS[0], 2, params).result(300).sequences
+        expected = sampler.sample(PROMPTS[0], 2, params).result(PATIENCE).sequences
         answer = sampler.sample(PROMPTS[0], 2, params)
         os.kill(workers[1], signal.SIGKILL)
-        assert [s.tokens for s in answer.result(300).sequences] == [s.tokens for s in expected]
+        assert [s.tokens for s in answer.result(PATIENCE).sequences] == [s.tokens for s in expected]
         wait_until(lambda: not any(runs(pid) for pid in workers))
     wait_until(lambda: segments() <= before)
 
@@ -73,7 +73,7 @@ def test_the_rl_loop_goes_on_when_one_of_two_vllm_replicas_is_killed(
     killed: list[int] = []
 
     def kill() -> None:
-        wait_until(lambda: (tmp_path / "metrics.jsonl").exists() and metrics(tmp_path), 500)
+        wait_until(lambda: (tmp_path / "metrics.jsonl").exists() and metrics(tmp_path))
         killed.append(actors("SamplerActor")[0])
         os.kill(killed[0], signal.SIGKILL)
 
