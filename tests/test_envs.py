@@ -241,7 +241,7 @@ def test_a_question_in_both_splits_is_an_error_with_the_first_example(tmp_path: 
 def test_math_style_answers_are_compared_symbolically(tmp_path: Path):
     path = write(
         tmp_path / "math.jsonl",
-        [{"problem": "Half?", "solution": r"So \boxed{1} is not it, but \boxed{\frac{\sqrt{2}}{2}}."}],
+        {"problem": "Half?", "solution": r"So \boxed{1} is not it, but \boxed{\frac{\sqrt{2}}{2}}."},
     )
     env = first_env(MathWordBuilder(train_path=path))
     assert asyncio.run(env.step(action(r"\boxed{1/\sqrt{2}}"))).reward == 1.0

@@ -30,18 +30,27 @@ START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num
 # Ray would ask for a token, and give it to this user alone
 ENVIRONMENT = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_AUTH_MODE": "disabled"}
 
+ADDRESS = r"--address='[\d.]+:(\d+)'"  # as Ray says it, and its port
+
+
+def started(command: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    """A node of Ray. A start that takes a minute, on a busy machine, Ray itself gives up."""
+    for _ in range(5):
+        with log.open("w") as out:
+            node = subprocess.Popen(command, stdout=out, stderr=out, env=ENVIRONMENT)
+        wait_until(lambda node=node: "Ray runtime started" in log.read_text() or node.poll() is not None)
+        if node.poll() is None:
+            return node
+    raise AssertionError(log.read_text())
+
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The cluster's address."""
     log = tmp_path_factory.mktemp("head") / "log"
-    command = [*START, "--head", "--port=0", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
-    with log.open("w") as out:
-        node = subprocess.Popen(command, stdout=out, stderr=out, env=ENVIRONMENT)
-    wait_until(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None)
-    assert node.poll() is None, log.read_text()
-    (address,) = set(re.findall(r"--address='(127\.0\.0\.1:\d+)'", log.read_text()))
-    yield address
+    node = started([*START, "--head", "--port=0", "--include-dashboard=false", "--node-ip-address=127.0.0.1"], log)
+    wait_until(lambda: re.search(ADDRESS, log.read_text()))
+    yield f"127.0.0.1:{re.findall(ADDRESS, log.read_text())[0]}"
     end(node)
 
 
@@ -61,18 +70,8 @@ def second(head: str, tmp_path: Path) -> Iterator[Callable[[str], None]]:
         if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
             pytest.skip("mount namespaces need root")
         node = [*START, f"--address={head}", "--node-ip-address=127.0.0.1"]
-        log = tmp_path / "second.log"
-        with log.open("w") as out:
-            nodes.append(
-                subprocess.Popen(
-                    ["unshare", "-m", "sh", "-c", f'{shell}\nexec "$@"', "sh", *node],
-                    stdout=out,
-                    stderr=out,
-                    env=ENVIRONMENT,
-                )
-            )
-        wait_until(lambda: "Ray runtime started" in log.read_text() or nodes[-1].poll() is not None)
-        assert nodes[-1].poll() is None, log.read_text()
+        command = ["unshare", "-m", "sh", "-c", f'{shell}\nexec "$@"', "sh", *node]
+        nodes.append(started(command, tmp_path / "second.log"))
 
     yield start
     for node in nodes:
