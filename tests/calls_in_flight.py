@@ -1,31 +1,37 @@
-"""What the tests of cancelled calls and of closing share: calls that take a while, and waiting."""
+"""What the tests of cancelled calls and of closing share: calls that take a while."""
 
-import time
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
-import numpy as np
 import torch
 
 from posttrain.backend.futures import APIFuture
 from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.training_client import TrainingClient
-from posttrain.backend.types import AdamParams, ModelInput, SamplingParams
-from tests.conftest import policy_data, random_tokens
+from posttrain.backend.types import AdamParams, SamplingParams
+from tests.conftest import policy_data
+from tests.processes import PATIENCE
 
-PATIENCE = 600.0  # seconds until a wait is taken for a hang
 STEP = AdamParams(1e-3)
 LONG = SamplingParams(max_tokens=100, seed=1, stop=[])
 
 
-def prompt_of(length: int, seed: int = 0) -> ModelInput:
-    return ModelInput.from_ints(random_tokens(np.random.default_rng([seed, length]), length))
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.002)
+@contextmanager
+def held(sampler: SamplingClient) -> Iterator[None]:
+    """Nothing is decoded before the block ends: what is asked for in it is in flight, however long the caller waits
+    for a core."""
+    thread: Any = sampler._engine
+    engine, ended = thread._engine, threading.Event()
+    step = engine.step
+    engine.step = lambda: (ended.wait(PATIENCE), step())[1]
+    try:
+        yield
+    finally:
+        ended.set()
+        del engine.step
 
 
 def sum_of_logprobs(data, logprobs_D):  # noqa: ANN001, ANN201

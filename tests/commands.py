@@ -24,9 +24,9 @@ from huggingface_hub import constants
 
 from posttrain.tracking import plots, timeline
 from tests.heap import freeze_for_good
+from tests.processes import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[1]
-SECONDS = 600  # for hangs
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(
     [
@@ -91,10 +91,10 @@ class Command:
         self.send_signal(signal.SIGKILL)
 
     def wait(self) -> int:
-        self._process.join(SECONDS)
+        self._process.join(PATIENCE)
         if self._process.exitcode is None:
             self.kill()
-            raise TimeoutError(f"still running after {SECONDS} s: {self.output()[-2000:]}")
+            raise TimeoutError(f"still running after {PATIENCE:.0f} s: {self.output()[-2000:]}")
         return self._process.exitcode
 
     def output(self) -> str:

@@ -5,6 +5,7 @@ start), small ragged data.
 import gc
 import io
 import os
+import random
 import re
 import sys
 
@@ -18,11 +19,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
 
+import envs.sandbox
 import posttrain.backend.config
 from posttrain.backend.alarms import BF16_LIMIT, LIMITS
 from posttrain.backend.cluster import Cluster
@@ -40,6 +43,11 @@ ROOT = Path(__file__).parent.parent
 VOCABULARY = 260
 NO_VLLM = "vLLM is not installed"
 SAVEFIG = Figure.savefig
+# The same examples in every run, however slow the machine is.
+hypothesis.settings.register_profile(
+    "suite", derandomize=True, deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("suite")
 # The suite computes in fp32 on every device: its tolerances are fp32's, and here they are scaled to the
 # device. bf16 is tested where a test asks for it.
 posttrain.backend.config.AUTO_DTYPES["cuda"] = "float32"
@@ -109,6 +117,13 @@ def _unit(file: str) -> str:
 
 def pytest_collection_finish() -> None:
     freeze_for_good()
+
+
+def pytest_runtest_setup() -> None:
+    """The same random numbers in a test, whatever ran before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 def pytest_runtest_teardown() -> None:
@@ -200,6 +215,10 @@ def random_tokens(rng: np.random.Generator, length: int) -> list[int]:
     return rng.integers(4, VOCABULARY, length).tolist()
 
 
+def prompt_of(length: int, seed: int = 0) -> ModelInput:
+    return ModelInput.from_ints(random_tokens(np.random.default_rng([seed, length]), length))
+
+
 def policy_data(count: int, seed: int = 0, longest: int = 30) -> list[Datum]:
     """Ragged data for the policy losses: a random mask, sampler logprobs near those of an untrained
     model.
@@ -233,6 +252,17 @@ def gradients(trainer) -> dict[str, torch.Tensor]:  # noqa: ANN001
 def training_data(groups_P: Sequence[TrajectoryGroup], advantages_P_G: Sequence[np.ndarray]) -> list[Datum]:
     """All rows of the groups as Datums, with their members' advantages and nothing else."""
     return [row.datum() for row in with_advantages(rows_of(groups_P), advantages_P_G)]
+
+
+@pytest.fixture
+def patient_sandbox(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right programs are not timed out, however busy the machine is."""
+    supervised = envs.sandbox._supervised
+
+    async def patiently(request: dict[str, Any], seconds: float) -> dict[str, Any]:
+        return await supervised(request | {"limits": request["limits"] | {"wall_seconds": 500.0}}, 600.0)
+
+    monkeypatch.setattr(envs.sandbox, "_supervised", patiently)
 
 
 @pytest.fixture

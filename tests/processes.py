@@ -1,4 +1,4 @@
-"""Processes on this machine, as /proc lists them: those below another, and Ray's actors; and an actor.
+"""Processes on this machine, as /proc lists them: those below another, and Ray's actors; an actor; and waiting.
 It imports little: each process of Ray that has the actor imports this file.
 """
 
@@ -6,6 +6,8 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+PATIENCE = 1500.0  # seconds until a wait is taken for a hang; less than pytest's own limit
 
 
 class Actor:
@@ -45,11 +47,11 @@ def actors(kind: str, driver: int | None = None) -> list[int]:
     return sorted(pid for pid in descendants(driver or os.getpid()) if title(pid).startswith(f"ray::{kind}"))
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 120.0) -> None:
-    deadline = time.monotonic() + seconds
+def wait_until(holds: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE
     while not holds():
         assert time.monotonic() < deadline
-        time.sleep(0.1)
+        time.sleep(0.01)
 
 
 def _status(pid: int) -> list[str]:

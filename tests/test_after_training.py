@@ -23,6 +23,7 @@ from posttrain.tracking.run_folder import RunFolder
 from tests import commands
 from tests.architectures import save_random_model
 from tests.conftest import policy_data
+from tests.jsonl_files import write
 
 TOKENS = torch.tensor([[5, 9, 77, 30, 8]])
 
@@ -55,10 +56,6 @@ def run(path: Path, checkpoints: dict[str, int], values: tuple[float, ...] = (0.
     )
     settings = {"env": {"class": "envs.arithmetic:ArithmeticBuilder"}, "log_path": str(path)} | settings
     (path / "config.json").write_text(json.dumps(settings))
-
-
-def write(path: Path, *records: dict[str, Any]) -> None:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records))
 
 
 def logits(folder: Path) -> torch.Tensor:

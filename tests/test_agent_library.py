@@ -24,7 +24,7 @@ from rl.data_processing import trajectory_rows
 from rl.rollouts import Policy, RolloutLimits, do_group_rollout
 from tests.conftest import Scripted
 
-INTERPRETER = Path(os.environ.get("AGENTS_PYTHON", "/work/venvs/agents/bin/python"))
+INTERPRETER = Path(os.environ.get("AGENTS_PYTHON", "agents/bin/python"))
 SCRIPT = '''
 import os, sys
 from agents import Agent, OpenAIChatCompletionsModel, Runner, function_tool, set_tracing_disabled

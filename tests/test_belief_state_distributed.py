@@ -128,13 +128,13 @@ def recipe_config(log_path: Path) -> recipe.Config:
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     if reason := too_few_gpus(2):
         pytest.skip(reason)
-    folder, sockets = tmp_path_factory.mktemp("two"), [socket.socket() for _ in range(2)]
-    for one in sockets:
-        one.bind(("127.0.0.1", 0))
-    (folder / "ports").write_text(" ".join(str(one.getsockname()[1]) for one in sockets))
-    for one in sockets:
-        one.close()
-    multiprocessing.start_processes(one_of_two, (folder,), 2, start_method=CONTEXT.get_start_method())  # type: ignore[attr-defined]
+    folder, start_method = tmp_path_factory.mktemp("two"), CONTEXT.get_start_method()
+    with socket.socket() as first, socket.socket() as second:  # keep the ports from all that do not ask to share them
+        for one in (first, second):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(("127.0.0.1", 0))
+        (folder / "ports").write_text(" ".join(str(one.getsockname()[1]) for one in (first, second)))
+        multiprocessing.start_processes(one_of_two, (folder,), 2, start_method=start_method)  # type: ignore[attr-defined]
     return torch.load(folder / "found.pt"), folder
 
 

@@ -144,7 +144,7 @@ def test_the_rule_finds_the_story_that_makes_sense(tmp_path):
 
 
 def test_an_endpoint_is_asked_in_both_orders_and_garbage_is_no_vote(tmp_path, endpoint: Endpoint):  # noqa: F811
-    judge = StoryEndpointBuilder(base_url=endpoint.url, model="m", retries=0, timeout=5.0, max_concurrent=1)
+    judge = StoryEndpointBuilder(base_url=endpoint.url, model="m", retries=0, timeout=600.0, max_concurrent=1)
     endpoint.replies = ["Both are fine.\nA"]
     options = config(tmp_path, ["left"] * 4, ["right"] * 4, judge=judge)
     found = asyncio.run(judge_files(options))

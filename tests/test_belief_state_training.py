@@ -12,7 +12,6 @@ import chz
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from benchmarks import belief_state_star_graph
 from posttrain.backend.errors import CheckpointError, DataError
@@ -26,6 +25,7 @@ from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig,
 from recipes.libraries.belief_state.trainer import BeliefStateTrainer
 from tests.commands import Command
 from tests.conftest import rounded
+from tests.finished_runs import outcome
 from tests.star_graph_originals import bst_rows, write_lines
 
 SMALL: dict[str, Any] = {
@@ -44,13 +44,6 @@ def config(folder: Path, **settings: Any) -> train.Config:
     return train.Config(
         **{"data": GRAPH, "log_path": path, "behavior_if_log_dir_exists": behavior, **SMALL, **settings}
     )
-
-
-def outcome(folder: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    final = folder / "checkpoints" / "final"
-    tensors = load_file(final / "model.safetensors") | load_file(final / "training_state" / "optimizer.safetensors")
-    metrics = [{k: v for k, v in record.items() if not k.startswith("time/")} for record in read_metrics(folder)]
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}, metrics
 
 
 @pytest.mark.cpu_only

@@ -3,7 +3,6 @@ by hand; what a file lacks is said with what it has.
 """
 
 import asyncio
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,9 @@ from envs.problem import Grade, Problem
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.renderers.plain import PlainRenderer
+from tests.jsonl_files import write
 
+pytestmark = pytest.mark.usefixtures("patient_sandbox")
 RENDERER = PlainRenderer(character_tokenizer(4096))
 
 MMLU_PRO = {
@@ -85,11 +86,6 @@ MATH500 = {
     "unique_id": "test/prealgebra/1.json",
 }
 AIME = {"id": 60, "problem": "Find the remainder of 7 * 29 modulo 1000.", "answer": "203", "year": "2024"}
-
-
-def write(path: Path, *rows: Any) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def graded(problem: Problem, text: str) -> Grade:

@@ -23,6 +23,7 @@ from recipes.bstar.tasks import (
     TaskBuilder,
 )
 
+pytestmark = pytest.mark.usefixtures("patient_sandbox")
 RENDERER = get_renderer("plain", load_tokenizer("tiny"))
 GSM8K = [
     {"question": "Ann has 3 bags of 4 apples. How many apples?", "answer": "There are 3*4 = <<3*4=12>>12 apples.\n#### 12"},

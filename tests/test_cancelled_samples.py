@@ -15,8 +15,9 @@ from posttrain.backend.futures import APIFuture
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import SampleResponse, SamplingParams
-from tests.calls_in_flight import LONG, PATIENCE, prompt_of, wait_until
-from tests.conftest import rounded
+from tests.calls_in_flight import LONG, held
+from tests.conftest import prompt_of, rounded
+from tests.processes import PATIENCE, wait_until
 
 
 @pytest.fixture(scope="module", params=["torch", "vllm"])
@@ -113,8 +114,8 @@ def test_a_cancelled_request_leaves_the_engine_at_the_next_token(
 
 
 def test_time_outs_waiters_and_loops_that_are_gone(sampler: SamplingClient) -> None:
-    future = sampler.sample(prompt_of(5), 1, LONG)
-    with pytest.raises(TimeoutError):
+    with held(sampler), pytest.raises(TimeoutError):
+        future = sampler.sample(prompt_of(5), 1, LONG)
         future.result(timeout=1e-4)
     assert len(future.result(PATIENCE).sequences[0].tokens) == 100, (
         "who stops waiting by result(timeout) withdraws nothing"
@@ -125,10 +126,11 @@ def test_time_outs_waiters_and_loops_that_are_gone(sampler: SamplingClient) -> N
             await future.result_async(timeout=1e-3)
 
     async def two_waiters() -> None:
-        future = sampler.sample(prompt_of(6), 1, LONG)
-        patient = asyncio.create_task(future.coroutine())
-        await asyncio.sleep(0)
-        await gives_up(future)
+        with held(sampler):
+            future = sampler.sample(prompt_of(6), 1, LONG)
+            patient = asyncio.create_task(future.coroutine())
+            await asyncio.sleep(0)
+            await gives_up(future)
         assert len((await patient).sequences[0].tokens) == 100, "one waiter's time-out is not the other's"
 
     asyncio.run(two_waiters())
@@ -165,8 +167,9 @@ def test_a_future_is_one_of_concurrent_futures(sampler: SamplingClient, caplog: 
     assert isinstance(futures[0].future(), concurrent.futures.Future)
     assert {*concurrent.futures.as_completed(futures, PATIENCE)} == {*futures}
     assert all(future.done() and future.exception() is None and not future.cancel() for future in futures)
-    cancelled = sampler.sample(prompt_of(5), 1, LONG)
-    assert cancelled.cancel() and cancelled.cancel() and cancelled.cancelled()
+    with held(sampler):
+        cancelled = sampler.sample(prompt_of(5), 1, LONG)
+        assert cancelled.cancel() and cancelled.cancel() and cancelled.cancelled()
     assert concurrent.futures.wait([cancelled], PATIENCE).done == {cancelled}
     with pytest.raises(concurrent.futures.CancelledError):
         cancelled.result()
@@ -186,14 +189,16 @@ def test_a_future_is_one_of_concurrent_futures(sampler: SamplingClient, caplog: 
 
         return callback
 
-    future = sampler.sample(prompt_of(9), 1, LONG)
-    for error in (ValueError(), SystemExit(), asyncio.CancelledError(), KeyboardInterrupt()):
-        future.add_done_callback(raises(error))
-    future.add_done_callback(called.append)
+    with held(sampler):
+        future = sampler.sample(prompt_of(9), 1, LONG)
+        for error in (ValueError(), SystemExit(), asyncio.CancelledError(), KeyboardInterrupt()):
+            future.add_done_callback(raises(error))
+        future.add_done_callback(called.append)
     future.result(PATIENCE)
     wait_until(lambda: called == [future] * 5)
     for wait in (lambda future: future.result(), lambda future: future.exception()):
-        waits_for_itself = sampler.sample(prompt_of(9), 1, LONG)
-        waits_for_itself.add_done_callback(lambda _, wait=wait: wait(sampler.sample(prompt_of(4), 1, LONG)))
+        with held(sampler):
+            waits_for_itself = sampler.sample(prompt_of(9), 1, LONG)
+            waits_for_itself.add_done_callback(lambda _, wait=wait: wait(sampler.sample(prompt_of(4), 1, LONG)))
         waits_for_itself.result(PATIENCE)
     assert_all_places_are_free(sampler)

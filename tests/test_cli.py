@@ -11,6 +11,7 @@ import pytest
 from posttrain.tracking.metrics_log import read_metrics
 from tests import commands
 from tests.conftest import GAP_OF_A_COMMAND, ROOT
+from tests.jsonl_files import write
 
 SFT, RL = "supervised/train_cli.py", "rl/train_cli.py"
 GSM8K = [
@@ -32,11 +33,6 @@ def succeeds(*arguments: str, cwd: Path = ROOT, rendered: bool = False) -> str:
     result = run(*arguments, cwd=cwd, rendered=rendered)
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout
-
-
-def write_jsonl(path: Path, rows: list) -> Path:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return path
 
 
 @pytest.mark.needs_vllm
@@ -76,7 +72,7 @@ def test_warm_start_then_rl_by_vllm_learns_one_digit_sums(tmp_path: Path) -> Non
 
 def test_gsm8k_files_train_supervised_and_by_rl(tmp_path: Path) -> None:
     for split, rows in (("train", GSM8K[:4]), ("test", GSM8K[4:])):
-        write_jsonl(tmp_path / f"{split}.jsonl", rows)
+        write(tmp_path / f"{split}.jsonl", *rows)
     output = succeeds(
         SFT, "dataset=gsm8k", f"dataset.path={tmp_path / 'train.jsonl'}", f"dataset.test_path={tmp_path / 'test.jsonl'}", "batch_size=2",
         "num_epochs=3", "log_path=sft", cwd=tmp_path,
@@ -115,9 +111,9 @@ BAD_INPUT = {
 def bad_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bad")
     conversation = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
-    write_jsonl(folder / "good.jsonl", [conversation])
-    write_jsonl(folder / "bad.jsonl", [conversation, '{"messages": [', conversation])
-    write_jsonl(folder / "user_only.jsonl", [{"messages": conversation["messages"][:1]}])
+    write(folder / "good.jsonl", conversation)
+    write(folder / "bad.jsonl", conversation, '{"messages": [', conversation)
+    write(folder / "user_only.jsonl", {"messages": conversation["messages"][:1]})
     (folder / "old").mkdir()
     (folder / "old" / "metrics.jsonl").write_text("")
     (folder / "old" / "config.json").write_text("{}")

@@ -23,8 +23,9 @@ from posttrain.backend.types import Datum
 from rl import train
 from rl.frozen_policy import FrozenPolicy
 from rl.rollouts import RolloutLimits
-from tests.calls_in_flight import LONG, PASSES, PATIENCE, STEP, prompt_of, wait_until
-from tests.conftest import ROOT, policy_data
+from tests.calls_in_flight import LONG, PASSES, STEP
+from tests.conftest import ROOT, policy_data, prompt_of
+from tests.processes import PATIENCE, wait_until
 
 
 def engines() -> set[threading.Thread]:
@@ -44,6 +45,9 @@ def new_engines() -> Callable[[], int]:
 def test_an_engine_goes_with_its_last_client(torch_service: ServiceClient, new_engines: Callable[[], int]) -> None:
     frozen = torch_service.create_sampling_client(base_model="micro")
     with torch_service.create_sampling_client(base_model="micro") as closed:
+        thread: Any = closed._engine
+        step = thread._engine.step
+        thread._engine.step = lambda: (wait_until(lambda: thread._closing), step())[1]
         running = closed.sample(prompt_of(5), 40, LONG)
     assert isinstance(running.exception(PATIENCE), EngineError) and new_engines() == 1
     with pytest.raises(ClosedError):
@@ -108,11 +112,10 @@ def test_opening_a_client_that_is_cancelled_or_fails_leaves_no_engine(
 
 def test_closing_fails_what_waits_and_refuses_what_comes(torch_service: ServiceClient) -> None:
     client = torch_service.create_training_client("micro")
-    began, gate = threading.Event(), threading.Event()
-    client._thread.submit(lambda: (began.set(), gate.wait(PATIENCE)))
+    began = threading.Event()
+    client._thread.submit(lambda: (began.set(), wait_until(lambda: client._thread._closed)))
     waiting = [PASSES["forward_backward"](client, 0), client.save_state("never")]
     assert began.wait(PATIENCE)
-    threading.Timer(0.05, gate.set).start()
     client.close()
     for future in waiting:
         assert isinstance(future.exception(PATIENCE), ClosedError)
@@ -177,7 +180,7 @@ def test_ctrl_c_ends_processes_before_it_waits_for_their_calls(tmp_path: Path) -
     cluster: Any = SimpleNamespace(close=lambda: None)
 
     def until_killed(data_D: Sequence[Datum], p_D: Sequence[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
-        return p_D[0].sum(), {"killed": float(killed.wait(5))}
+        return p_D[0].sum(), {"killed": float(killed.wait(PATIENCE))}
 
     with pytest.raises(KeyboardInterrupt), ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
         service._cluster, service._ranks = cluster, ranks

@@ -17,7 +17,7 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, NonFiniteError
 from posttrain.backend.left_behind import FOLDER
 from tests.commands import Command, run
-from tests.processes import Actor, descendants, runs, wait_until
+from tests.processes import PATIENCE, Actor, descendants, runs, wait_until
 
 pytestmark = [
     pytest.mark.cluster,
@@ -27,16 +27,19 @@ pytestmark = [
 ]
 
 
-def test_errors_arrive_with_their_attributes_and_a_killed_process_as_lost(cluster: Cluster) -> None:
+def test_errors_arrive_with_their_attributes_and_a_killed_process_as_lost(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     actor = cluster.start(Actor)
-    pid, threads = answer(actor.process.remote(), "the actor", 300)
+    pid, threads = answer(actor.process.remote(), "the actor", PATIENCE)
     assert pid != os.getpid() and threads == "1"
     with pytest.raises(NonFiniteError) as raised:
-        answer(actor.fail.remote(), "the actor", 300)
+        answer(actor.fail.remote(), "the actor", PATIENCE)
     assert raised.value.datum_indices == [3] and str(raised.value) == "a loss is not finite"
     os.kill(pid, signal.SIGKILL)
     with pytest.raises(ProcessLost):
-        future_of(actor.process.remote()).result(300)
+        future_of(actor.process.remote()).result(PATIENCE)
 
 
 def test_another_client_of_this_process_shares_ray_and_has_a_folder_of_its_own(
@@ -46,7 +49,7 @@ def test_another_client_of_this_process_shares_ray_and_has_a_folder_of_its_own(
     assert other.folder.is_dir() and other.folder != cluster.folder
     other.close()
     assert not other.folder.exists() and cluster.folder.is_dir()
-    assert answer(cluster.start(Actor).process.remote(), "the actor", 300)
+    assert answer(cluster.start(Actor).process.remote(), "the actor", PATIENCE)
 
 
 DRIVER = """
@@ -57,7 +60,7 @@ from posttrain.backend.config import BackendConfig
 from tests.processes import Actor
 cluster = Cluster(BackendConfig(engine="torch", sampler_replicas=2), Path(sys.argv[1]))
 actor = cluster.start(Actor)  # Ray ends an actor that nobody holds
-pid, _ = answer(actor.process.remote(), "the actor", 300)
+pid, _ = answer(actor.process.remote(), "the actor", 1500)
 print(pid, cluster.folder, flush=True)
 time.sleep(600)
 """
@@ -65,7 +68,7 @@ time.sleep(600)
 
 def test_a_killed_driver_leaves_no_process_and_no_segment(tmp_path: Path) -> None:
     driver = Command("-c", DRIVER, tmp_path)
-    wait_until(lambda: FOLDER in driver.output() or driver.poll() is not None, 300)
+    wait_until(lambda: FOLDER in driver.output() or driver.poll() is not None)
     pid, folder = driver.output().split()
     family = descendants(driver.pid)
     assert int(pid) in family and Path(folder).is_dir()
@@ -93,7 +96,7 @@ for number in (signal.SIGTERM, signal.SIGHUP):
     os.killpg(0, number)  # as a closed terminal does
 # Ray notices within a second that its processes are gone, and ends this program; its handler aborts after three
 time.sleep(4)
-answer((actor := clusters[0].start(Actor)).process.remote(), "the actor", 300)
+answer((actor := clusters[0].start(Actor)).process.remote(), "the actor", 1500)
 clusters[0].close()
 import ray
 for late in (clusters[0].kill, ray.kill, lambda _: clusters[0].start(Actor)):
@@ -126,9 +129,12 @@ def test_a_start_that_fails_is_repeated_and_leaves_no_folder(tmp_path: Path, mon
 
 
 @contextmanager
-def server(says: bytes | None) -> Iterator[str]:
-    """The address of a server that answers with these bytes; None = not at all."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
+def server(says: bytes | None, listens: bool = True) -> Iterator[str]:
+    """The address of a server that answers with these bytes; None = not at all. One that does not listen keeps its
+    port from others."""
+    with socket.create_server(("127.0.0.1", 0)) if listens else socket.socket() as listening:
+        if not listens:
+            listening.bind(("127.0.0.1", 0))
 
         def answer_one() -> None:
             with suppress(OSError):
@@ -149,12 +155,11 @@ def test_an_address_without_a_cluster_is_refused_at_once(
 
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(posttrain.backend.ray_process, "REACH_SECONDS", 1.0)
-    with server(says.encode() if says.startswith("HTTP") else None) as address:
-        if says != "gone":
-            with pytest.raises(ConfigError, match=f"no Ray cluster at backend.cluster={address} .*`ray start --head`"):
-                Cluster(BackendConfig(sampler_replicas=1, cluster=address), tmp_path)
-    if says == "gone":
-        with pytest.raises(ConfigError, match=r"\(\[Errno 111\] Connection refused\): start it by"):
+    with server(says.encode() if says.startswith("HTTP") else None, listens=says != "gone") as address:
+        expected = f"no Ray cluster at backend.cluster={address} .*`ray start --head`"
+        if says == "gone":
+            expected = r"\(\[Errno 111\] Connection refused\): start it by"
+        with pytest.raises(ConfigError, match=expected):
             Cluster(BackendConfig(sampler_replicas=1, cluster=address), tmp_path)
 
 

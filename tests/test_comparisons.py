@@ -2,7 +2,6 @@
 and what is held out.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +29,12 @@ from preference.label_model import question
 from preference.pairs import render_pairs
 from preference.types import Comparison, LabeledComparison
 from supervised.rows import conversation
+from tests.jsonl_files import write
 from tests.test_message_parts import CALCULATOR, RENDERERS
 
 
 def say(role: str, content: str) -> Message:
     return Message(role=role, content=content)
-
-
-def write(path: Path, *rows: dict[str, Any] | str) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
 
 
 def pair(prompt: str, a: str, b: str, label: Any = "A") -> LabeledComparison:

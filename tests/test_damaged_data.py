@@ -23,7 +23,8 @@ from recipes.belief_state.text_data import TextData
 from recipes.latro.tasks import Gsm8kBuilder as LatroGsm8k
 from recipes.latro.tasks import JsonlBuilder, MathBuilder
 from supervised.data import FileBuilder
-from tests.test_data_files import ASSISTANT, PLAIN, USER, write
+from tests.jsonl_files import write
+from tests.test_data_files import ASSISTANT, PLAIN, USER
 
 PROBLEM = {"question": "2+3=", "answer": "It is 5.\n#### 5"}
 ARC = {"question": "Why?", "choices": {"label": ["A", "B"], "text": ["so", "not so"]}, "answerKey": "A"}

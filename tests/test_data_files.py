@@ -17,16 +17,12 @@ from posttrain.renderers.types import TrainOnWhat
 from preference.forms import FileBuilder as PreferenceFile
 from preference.forms import form_of
 from supervised.data import ConversationFileBuilder, FileBuilder, PromptCompletionFileBuilder
+from tests.jsonl_files import write
 
 TOKENIZER = character_tokenizer(512)
 PLAIN = get_renderer("plain", TOKENIZER)
 COLON = get_renderer("role_colon", TOKENIZER)
 USER, ASSISTANT = {"role": "user", "content": "2+3="}, {"role": "assistant", "content": "5"}
-
-
-def write(path: Path, *rows: Any) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 # --- forms --------------------------------------------------------------------------------------

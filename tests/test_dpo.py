@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CheckpointError, ConfigError, DataError
@@ -29,6 +28,8 @@ from recipes.dpo import train as recipe
 from recipes.dpo.letters import SortedPreferredBuilder
 from tests.commands import Command
 from tests.conftest import gradients, rounded
+from tests.finished_runs import outcome, steps_logged
+from tests.jsonl_files import write
 
 # star_graph.md E.4: policy chosen -2, -.5, rejected -1, -4; reference chosen -3, -1, rejected -1.5,
 # -2. Tokens are our own.
@@ -219,9 +220,7 @@ def letters_file(folder: Path) -> str:
             "small": {"is_correct": False, "solution": wrong},
         }
         rows.append({"question": one.comparison.prompt_conversation[0]["content"], **solutions})
-    path = folder / "solutions.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return write(folder / "solutions.jsonl", *rows)
 
 
 def start(solutions: str, folder: Path, killed_at: tuple[str, int] | None = None) -> Command:
@@ -250,19 +249,6 @@ def start(solutions: str, folder: Path, killed_at: tuple[str, int] | None = None
     return Command("preference/train_cli.py", *arguments, killed_at=killed_at)
 
 
-def steps_logged(folder: Path) -> int:
-    file = folder / "metrics.jsonl"
-    return len(file.read_bytes().splitlines()) if file.exists() else 0
-
-
-def outcome(folder: Path) -> tuple[dict, list, str]:
-    final = folder / "checkpoints" / "final"
-    tensors = load_file(final / "model.safetensors") | load_file(final / "training_state" / "optimizer.safetensors")
-    metrics = [{k: v for k, v in record.items() if not k.startswith("time/")} for record in read_metrics(folder)]
-    reference = (folder / "reference_logprobs.jsonl").read_text()
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}, metrics, reference
-
-
 def test_killed_in_mid_epoch_and_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     solutions = letters_file(tmp_path)
     whole, killed = start(solutions, tmp_path / "whole"), start(solutions, tmp_path / "killed", ("metrics.jsonl", 11))
@@ -270,6 +256,8 @@ def test_killed_in_mid_epoch_and_resumed_equals_uninterrupted(tmp_path: Path) ->
     for process in (whole, again := start(solutions, tmp_path / "killed")):
         assert process.wait() == 0 and ("resuming" in process.output()) == (process is again), process.output()
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+    references = [(tmp_path / name / "reference_logprobs.jsonl").read_text() for name in ("killed", "whole")]
+    assert references[0] == references[1]
     saved = json.loads((tmp_path / "whole" / "config.json").read_text())
     assert saved["method"]["class"] == "preference.losses:RPO" and saved["method"]["nll_coef"] == 0.5
     # five steps an epoch, and the last evaluation

@@ -17,7 +17,7 @@ import pytest
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.torch_sampler import MOST_STOPS
+from posttrain.backend.types import ModelInput, SamplingParams
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message
 from posttrain.serve import requests as requests_module
@@ -76,8 +76,8 @@ class Trained:
         asked = {"sampling_session_id": sampler, "seq_id": self._samples, "sampling_params": {"seed": 0} | params}
         return await self.http.call("asample", prompt=PROMPT, **asked)
 
-    async def sample(self, sampler: str, stop: str = "\n") -> bytes:
-        return (await self.http.result(await self.submit(sampler, max_tokens=2, stop=[stop]))).content
+    async def sample(self, sampler: str) -> bytes:
+        return (await self.http.result(await self.submit(sampler, max_tokens=2, stop=["\n"]))).content
 
 
 async def trained_model(state: State) -> Trained:
@@ -154,17 +154,15 @@ def test_answers_beyond_the_bytes_are_not_sorted_again_for_each_request(monkeypa
     assert len(sorts) < 30
 
 
-def test_a_sampler_remembers_few_of_the_stops_it_is_asked_for(service: ServiceClient, state: State) -> None:
-    async def body() -> int:
-        trained = await trained_model(state)
-        sampler = await trained.step()
-        for number in range(MOST_STOPS + 5):
-            await trained.sample(sampler, f"stop {number}")
-        (engine,) = service._engines._running
-        torch_sampler: Any = engine._engine  # type: ignore[union-attr]
-        return torch_sampler._known_stop.cache_info().currsize
-
-    assert asyncio.run(body()) <= MOST_STOPS
+def test_a_sampler_remembers_few_of_the_stops_it_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("posttrain.backend.torch_sampler.MOST_STOPS", 4)
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
+        sampler = service.create_sampling_client(base_model="micro")
+        for number in range(6):
+            params = SamplingParams(max_tokens=2, seed=0, stop=[f"stop {number}"])
+            sampler.sample(ModelInput.from_ints(TOKENS), 1, params).result()
+        engine: Any = sampler._engine
+        assert engine._engine._known_stop.cache_info().currsize == 4
 
 
 def test_a_process_may_open_as_many_files_as_the_machine_lets_it() -> None:

@@ -3,7 +3,6 @@ wrong.
 """
 
 import asyncio
-import json
 import pickle
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from posttrain.renderers.plain import PlainRenderer
 from posttrain.renderers.turns import encode
 from posttrain.tracking.datasets import ListDataset
 from rl.types import EnvGroupBuilder, RLDataset
+from tests.jsonl_files import write
 
 TOKENIZER = character_tokenizer(128)
 RENDERER = PlainRenderer(TOKENIZER)
@@ -191,11 +191,6 @@ def test_impossible_arithmetic_is_a_config_error(bad: dict):
 # --- word problems ------------------------------------------------------------------------------
 
 
-def write(path: Path, rows: list) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
-    return str(path)
-
-
 def gsm8k_row(answer: str = "1,018", question: str = "How many?") -> dict:
     return {"question": question, "answer": f"9*2 = <<9*2=18>>18\n#### {answer}"}
 
@@ -208,8 +203,8 @@ def first_env(builder: ProblemSetBuilder) -> ProblemEnv:
 
 
 def test_gsm8k_from_a_folder(tmp_path: Path):
-    write(tmp_path / "train.jsonl", [gsm8k_row(), gsm8k_row("-3")])
-    write(tmp_path / "test.jsonl", [gsm8k_row("5", "Which?"), gsm8k_row("6", "Who?")])
+    write(tmp_path / "train.jsonl", gsm8k_row(), gsm8k_row("-3"))
+    write(tmp_path / "test.jsonl", gsm8k_row("5", "Which?"), gsm8k_row("6", "Who?"))
     builder = Gsm8kBuilder(data_dir=str(tmp_path), num_train=1, batch_size=2, prompt_template="{question} {x}")
     env = first_env(builder)
     assert (env.question(), env.problem.gold, env.problem.solution) == (
@@ -235,8 +230,8 @@ def test_gsm8k_from_a_folder(tmp_path: Path):
 
 
 def test_a_question_in_both_splits_is_an_error_with_the_first_example(tmp_path: Path):
-    write(tmp_path / "train.jsonl", [gsm8k_row(question="Who?"), gsm8k_row("-3"), gsm8k_row()])
-    write(tmp_path / "test.jsonl", [gsm8k_row("5", "Which?"), gsm8k_row("6")])
+    write(tmp_path / "train.jsonl", gsm8k_row(question="Who?"), gsm8k_row("-3"), gsm8k_row())
+    write(tmp_path / "test.jsonl", gsm8k_row("5", "Which?"), gsm8k_row("6"))
     with pytest.raises(DataError, match=r"^2 training .*, first .*train.jsonl:2 \(as .*test.jsonl:2\): 'How many\?'"):
         Gsm8k(data_dir=str(tmp_path)).splits()
     train, held_out = split_off(Gsm8k(data_dir=str(tmp_path)).read("train", None), 1, 0, "num_validation")
@@ -246,7 +241,7 @@ def test_a_question_in_both_splits_is_an_error_with_the_first_example(tmp_path: 
 def test_math_style_answers_are_compared_symbolically(tmp_path: Path):
     path = write(
         tmp_path / "math.jsonl",
-        [{"problem": "Half?", "solution": r"So \boxed{1} is not it, but \boxed{\frac{\sqrt{2}}{2}}."}],
+        {"problem": "Half?", "solution": r"So \boxed{1} is not it, but \boxed{\frac{\sqrt{2}}{2}}."},
     )
     env = first_env(MathWordBuilder(train_path=path))
     assert asyncio.run(env.step(action(r"\boxed{1/\sqrt{2}}"))).reward == 1.0
@@ -263,7 +258,7 @@ def test_math_style_answers_are_compared_symbolically(tmp_path: Path):
     ],
 )
 def test_bad_rows_name_their_line(tmp_path: Path, row: dict | str, message: str):
-    path = write(tmp_path / "train.jsonl", [gsm8k_row(), row])
+    path = write(tmp_path / "train.jsonl", gsm8k_row(), row)
     with pytest.raises(DataError, match=f"train.jsonl:2: {message}"):
         first_env(Gsm8kBuilder(train_path=path))
 
@@ -274,7 +269,7 @@ def test_bad_golds_can_be_dropped_and_are_counted(tmp_path: Path, capsys: pytest
         {"problem": "b", "solution": r"\boxed{5}"},
         {"problem": "c", "solution": "5"},
     ]
-    path = write(tmp_path / "math.jsonl", rows)
+    path = write(tmp_path / "math.jsonl", *rows)
     assert first_env(MathWordBuilder(train_path=path, bad_gold="drop")).question() == "b"
     assert "math train: 2 of 3 problems" in capsys.readouterr().out
 
@@ -283,7 +278,7 @@ def test_a_missing_file_and_a_bad_template_are_errors(tmp_path: Path):
     with pytest.raises(DataError, match="no such file"):
         first_env(MathWordBuilder(train_path=str(tmp_path / "none.jsonl")))
     with pytest.raises(ConfigError, match="question"):
-        first_env(Gsm8kBuilder(train_path=write(tmp_path / "t.jsonl", [gsm8k_row()]), prompt_template="Solve:"))
+        first_env(Gsm8kBuilder(train_path=write(tmp_path / "t.jsonl", gsm8k_row()), prompt_template="Solve:"))
     with pytest.raises(ConfigError, match="train_path"):
         first_env(MathWordBuilder())
 
@@ -295,6 +290,6 @@ def test_a_letter_is_read_in_brackets_and_in_bold(said: str):
 
 def test_options_that_share_a_label_are_named_by_their_line(tmp_path: Path):
     row = {"question": "Which?", "choices": {"label": ["A", "A"], "text": ["x", "y"]}, "answerKey": "A"}
-    write(tmp_path / "train.jsonl", [row])
+    write(tmp_path / "train.jsonl", row)
     with pytest.raises(DataError, match=r"train.jsonl:1: 2 options are labelled A, A: give each its own label"):
         ArcChallenge(data_dir=str(tmp_path)).read("train", None)

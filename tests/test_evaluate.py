@@ -39,7 +39,8 @@ from rl.types import (
     Transition,
 )
 from tests import commands
-from tests.test_benchmarks import IFEVAL, write
+from tests.jsonl_files import write
+from tests.test_benchmarks import IFEVAL
 
 TORCH = BackendConfig(engine="torch")
 

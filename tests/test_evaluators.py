@@ -27,6 +27,7 @@ from supervised import train as sft
 from supervised.evaluators import CustomEvaluator, Evaluated, EvaluatorBuilder
 from supervised.names import EVALUATOR_OPTIONS
 from supervised.nll import DatasetNLL
+from tests.finished_runs import weights
 
 COMMON: dict[str, Any] = {
     "model_name": "micro",
@@ -64,10 +65,6 @@ EVALUATORS: dict[str, Any] = {
     "infrequent_evaluators": [EnvEvaluator(env=ENV, num_samples=2, max_tokens=4)],
     "infrequent_eval_every": 3,
 }
-
-
-def weights(path: Path) -> bytes:
-    return (path / "checkpoints/final/model.safetensors").read_bytes()
 
 
 # Trap: an evaluation that samples moves the seeds or the data of the steps after it.

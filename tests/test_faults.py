@@ -231,16 +231,18 @@ def test_a_batch_reward_that_drops_a_seat_loses_its_game(tmp_path: Path) -> None
 
 
 def test_a_thousand_environments_run_at_once_in_one_process(torch_service) -> None:  # noqa: ANN001
-    running, most = 0, 0
+    waiting = 0
+    enough = asyncio.Event()
 
     async def wait() -> None:
-        nonlocal running, most
-        running, most = running + 1, max(most, running + 1)
-        await asyncio.sleep(1.0)
-        running -= 1
+        nonlocal waiting
+        waiting += 1
+        if waiting > 500:
+            enough.set()
+        await enough.wait()
 
     groups = rollout(torch_service, *(ScriptedGroup(*[wait] * 8) for _ in range(125)), max_tokens=1, max_turns=1)
-    assert sum(len(group.trajectories_G) for group in groups) == 1000 and most > 500
+    assert sum(len(group.trajectories_G) for group in groups) == 1000
 
 
 class FaultyEnv(Env):

@@ -60,7 +60,7 @@ def test_the_parts_for_an_offline_machine_are_of_one_size_and_join_to_what_was_p
 def test_blocks_run_in_turn_or_together_and_what_failed_comes_last(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    together, began = Barrier(2, timeout=20), list[str]()
+    together, began = Barrier(2, timeout=600), list[str]()
 
     def run(name: str, out: Path, limit: float) -> dict[str, Any]:
         began.append(name)

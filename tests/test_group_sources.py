@@ -18,6 +18,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import AdamParams, ModelInput
 from posttrain.renderers.types import Renderer
+from posttrain.tracking.metrics_log import read_metrics as metrics
 from posttrain.tracking.run_folder import RunFolder
 from posttrain.tracking.seeds import TRAINING
 from rl import train
@@ -28,7 +29,8 @@ from rl.rollouts import Policy, do_rollouts
 from rl.train_step import Learner, train_step
 from rl.types import Env, EnvGroupBuilder, Observation, RLDataset, RLDatasetBuilder, StepResult, StopCondition
 from tests.conftest import ROUNDING, gradients, training_data
-from tests.test_resume import finish, kill_at, steps_logged
+from tests.finished_runs import steps_logged, weights
+from tests.test_resume import finish, kill_at
 
 
 class LowTokenEnv(Env):
@@ -103,14 +105,6 @@ def config(folder: Path, **kwargs) -> train.Config:  # noqa: ANN003
     settings = {"env": LowTokenBuilder(), "max_tokens": 4, "learning_rate": 1e-3, "transcript_every": 0}
     settings |= {"backend": BackendConfig(engine="torch")} | kwargs
     return train.Config(log_path=str(folder), behavior_if_log_dir_exists="delete", **settings)
-
-
-def weights(folder: Path) -> bytes:
-    return (folder / "checkpoints" / "final" / "model.safetensors").read_bytes()
-
-
-def metrics(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # Trap: asynchronous at 0 being another algorithm.

@@ -340,9 +340,21 @@ def test_a_sampled_turn_that_never_comes_costs_one_rollout(never_comes: Any, mes
             return await super().__call__(ob, stop, seed, *others)
 
     client = torch_service.create_training_client("tiny").save_weights_and_get_sampling_client()
+    # the first sample takes longest
+    asyncio.run(do_rollouts([HostileGroup("prints and warns")], Policy(client, 3), (0,)))
     limits = RolloutLimits(max_retries=0, sampling_seconds=5.0)
     (group,) = asyncio.run(do_rollouts([HostileGroup("prints and warns")], LosesSamples(client, 3), (0,), limits))
     assert group.get_total_rewards() == [0.0, 0.5, 0.75] and message in str(group.errors[0])
+
+
+def train_on(dataset: RLDataset, folder: Path) -> None:
+    @chz.chz
+    class Builder(RLDatasetBuilder):
+        async def __call__(self, renderer: Renderer) -> tuple[RLDataset, None]:
+            return dataset, None
+
+    backend = BackendConfig(engine="torch")
+    asyncio.run(train.main(train.Config(env=Builder(), max_tokens=3, log_path=str(folder / "run"), backend=backend)))
 
 
 def test_a_second_ctrl_c_stops_at_once_also_inside_an_environment(tmp_path: Path) -> None:
@@ -356,16 +368,8 @@ def test_a_second_ctrl_c_stops_at_once_also_inside_an_environment(tmp_path: Path
             group.member = {"step": interrupt_twice}
             return [group]
 
-    @chz.chz
-    class Builder(RLDatasetBuilder):
-        async def __call__(self, renderer: Renderer) -> tuple[RLDataset, None]:
-            return Dataset(), None
-
-    settings = train.Config(
-        env=Builder(), max_tokens=3, log_path=str(tmp_path / "run"), backend=BackendConfig(engine="torch")
-    )
     with pytest.raises(KeyboardInterrupt):
-        asyncio.run(train.main(settings))
+        train_on(Dataset(), tmp_path)
 
 
 @pytest.mark.parametrize("built", [None, HostileDataset(), (None, None), (HostileDataset(), [1])])
@@ -396,16 +400,8 @@ def test_a_dataset_without_groups_is_named_before_anything_is_sampled(
         def get_batch(self, index: int) -> Any:
             return batch()
 
-    @chz.chz
-    class Builder(RLDatasetBuilder):
-        async def __call__(self, renderer: Renderer) -> tuple[RLDataset, None]:
-            return OddDataset(), None
-
-    settings = train.Config(
-        env=Builder(), max_tokens=3, log_path=str(tmp_path / "run"), backend=BackendConfig(engine="torch")
-    )
     with pytest.raises(DataError, match=rf"OddDataset.get_batch\(0\) {message}|not an EnvGroupBuilder"):
-        asyncio.run(train.main(settings))
+        train_on(OddDataset(), tmp_path)
 
 
 def test_the_passes_of_a_failed_batch_are_not_submitted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -416,14 +412,6 @@ def test_the_passes_of_a_failed_batch_are_not_submitted(tmp_path: Path, monkeypa
         def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
             return [HostileGroup("prints and warns"), HostileGroup("group rewards raise"), HostileGroup("tags raise")]
 
-    @chz.chz
-    class Builder(RLDatasetBuilder):
-        async def __call__(self, renderer: Renderer) -> tuple[RLDataset, None]:
-            return Dataset(), None
-
-    settings = train.Config(
-        env=Builder(), max_tokens=3, log_path=str(tmp_path / "run"), backend=BackendConfig(engine="torch")
-    )
     with pytest.raises(ValueError, match="mine"):
-        asyncio.run(train.main(settings))
+        train_on(Dataset(), tmp_path)
     assert not submitted

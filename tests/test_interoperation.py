@@ -21,8 +21,9 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import LoraConfig
 from tests.architectures import save_random_model
-from tests.conftest import SAMPLER_GAP
-from tests.test_sampling import prompt_of, trainer_logprobs
+from tests.conftest import SAMPLER_GAP, prompt_of
+from tests.processes import PATIENCE
+from tests.test_sampling import trainer_logprobs
 from tests.vllm_families import SERVED, move_every_weight
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs_vllm]
@@ -117,7 +118,7 @@ def test_in_plain_vllm(saved: list[Saved], tmp_path: Path) -> None:
     jobs = [(one.base, one.folder) if one.base else (one.folder, None) for one in served]
     environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
     command = [sys.executable, "-c", VLLM, json.dumps(TOKENS), json.dumps(jobs)]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     read = [json.loads(line[5:]) for line in done.stdout.splitlines() if line.startswith("READ ")]
     assert len(read) == len(jobs), done.stderr[-3000:]
     for one, logprobs in zip(served, read, strict=True):

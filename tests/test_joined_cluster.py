@@ -4,8 +4,8 @@ process of its own: one that has started a Ray, which has a token, refuses the c
 """
 
 import os
+import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import AdamParams
 from tests.conftest import policy_data
-from tests.processes import descendants, runs, wait_until
+from tests.processes import PATIENCE, descendants, runs, wait_until
 from tests.test_replicas import gap
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
@@ -30,26 +30,34 @@ START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num
 # Ray would ask for a token, and give it to this user alone
 ENVIRONMENT = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_AUTH_MODE": "disabled"}
 
+ADDRESS = r"--address='[\d.]+:(\d+)'"  # as Ray says it, and its port
+
+
+def started(command: list[str], log: Path) -> "subprocess.Popen[bytes]":
+    """A node of Ray. A start that takes a minute, on a busy machine, Ray itself gives up."""
+    for _ in range(5):
+        with log.open("w") as out:
+            node = subprocess.Popen(command, stdout=out, stderr=out, env=ENVIRONMENT)
+        wait_until(lambda node=node: "Ray runtime started" in log.read_text() or node.poll() is not None)
+        if node.poll() is None:
+            return node
+    raise AssertionError(log.read_text())
+
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The cluster's address."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     log = tmp_path_factory.mktemp("head") / "log"
-    command = [*START, "--head", f"--port={port}", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
-    with log.open("w") as out:
-        node = subprocess.Popen(command, stdout=out, stderr=out, env=ENVIRONMENT)
-    wait_until(lambda: "Ray runtime started" in log.read_text() or node.poll() is not None)
-    assert node.poll() is None, log.read_text()
-    yield f"127.0.0.1:{port}"
+    node = started([*START, "--head", "--port=0", "--include-dashboard=false", "--node-ip-address=127.0.0.1"], log)
+    wait_until(lambda: re.search(ADDRESS, log.read_text()))
+    yield f"127.0.0.1:{re.findall(ADDRESS, log.read_text())[0]}"
     end(node)
 
 
 def end(node: "subprocess.Popen[bytes]") -> None:
     family = descendants(node.pid)
     node.terminate()
-    node.wait(60)
+    node.wait(PATIENCE)
     wait_until(lambda: not any(runs(pid) for pid in family))
 
 
@@ -62,18 +70,8 @@ def second(head: str, tmp_path: Path) -> Iterator[Callable[[str], None]]:
         if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
             pytest.skip("mount namespaces need root")
         node = [*START, f"--address={head}", "--node-ip-address=127.0.0.1"]
-        log = tmp_path / "second.log"
-        with log.open("w") as out:
-            nodes.append(
-                subprocess.Popen(
-                    ["unshare", "-m", "sh", "-c", f'{shell}\nexec "$@"', "sh", *node],
-                    stdout=out,
-                    stderr=out,
-                    env=ENVIRONMENT,
-                )
-            )
-        wait_until(lambda: "Ray runtime started" in log.read_text() or nodes[-1].poll() is not None)
-        assert nodes[-1].poll() is None, log.read_text()
+        command = ["unshare", "-m", "sh", "-c", f'{shell}\nexec "$@"', "sh", *node]
+        nodes.append(started(command, tmp_path / "second.log"))
 
     yield start
     for node in nodes:

@@ -40,6 +40,7 @@ from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder
 from rl.train_step import Learner, train_step
 from rl.types import Metrics, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests.conftest import ROUNDING, full_logits, random_tokens, rounded, trainer_of
+from tests.jsonl_files import write
 
 CHARACTERS = character_tokenizer(512)
 EOS = 1  # of CHARACTERS
@@ -316,14 +317,9 @@ def test_rewards_score_exactly_the_answer_whatever_the_batch(torch_service: Serv
 # --- data and sizes -----------------------------------------------------------------------------
 
 
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def test_datasets_become_tasks(tmp_path: Path):
     solution = "She sold 48/2 = <<48/2=24>>24.\nIn all 72.\n#### 72"
-    write_rows(tmp_path / "train.jsonl", [{"question": "How many?", "answer": solution}] * 4)
+    write(tmp_path / "train.jsonl", *[{"question": "How many?", "answer": solution}] * 4)
     gsm8k = Gsm8kBuilder(data_dir=str(tmp_path)).tasks("train", None)[0]
     assert (gsm8k.solution, gsm8k.answer, gsm8k.gold) == (
         "She sold 48/2 = 24.\nIn all 72.",
@@ -331,24 +327,24 @@ def test_datasets_become_tasks(tmp_path: Path):
         "72",
     )
     row = {"question": "How many legs?", "choices": {"text": ["15", "5"], "label": ["A", "B"]}, "answerKey": "B"}
-    write_rows(tmp_path / "train.jsonl", [row])
+    write(tmp_path / "train.jsonl", row)
     arc = ArcChallengeBuilder(data_dir=str(tmp_path)).tasks("train", None)[0]
     assert arc.answer == "\nThe answer is 5." and arc.solution is None and "Options:\n15\n5\n" in arc.question
-    file = write_rows(tmp_path / "math.jsonl", [{"problem": "Half?", "solution": "It is $\\boxed{\\frac{1}{2}}$."}])
+    file = write(tmp_path / "math.jsonl", {"problem": "Half?", "solution": "It is $\\boxed{\\frac{1}{2}}$."})
     task = MathBuilder(train_path=str(file)).tasks("train", None)[0]
     assert task.gold == "\\frac{1}{2}" and asyncio.run(task.grader.is_right("0.5", task.gold))
     rows = [
         {"queries": "1+1?", "responses": "The answer is 2.", "groundtruth": 2},
         {"queries": "Sky?", "responses": "The answer is blue."},
     ]
-    file = write_rows(tmp_path / "three.jsonl", rows[:1])
+    file = write(tmp_path / "three.jsonl", *rows[:1])
     assert JsonlBuilder(train_path=str(file)).tasks("train", None)[0].answer == "\nThe answer is 2."
     with pytest.raises(
         DataError, match=r"three.jsonl:2: no groundtruth; the columns are queries, responses, groundtruth"
     ):
-        JsonlBuilder(train_path=str(write_rows(file, rows))).tasks("train", None)
+        JsonlBuilder(train_path=write(Path(file), *rows)).tasks("train", None)
     with pytest.raises(DataError, match="num_validation=4 of 4 problems: it must be from 1 to 3"):
-        write_rows(tmp_path / "train.jsonl", [{"question": "How many?", "answer": solution}] * 4)
+        write(tmp_path / "train.jsonl", *[{"question": "How many?", "answer": solution}] * 4)
         Gsm8kBuilder(data_dir=str(tmp_path), num_validation=4).split()
 
 

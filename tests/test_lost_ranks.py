@@ -131,18 +131,19 @@ def test_processes_of_torchrun_that_do_not_come_are_said(monkeypatch: pytest.Mon
     monkeypatch.delenv("MASTER_PORT", raising=False)
     with pytest.raises(ConfigError, match="WORLD_SIZE=2 is set, and MASTER_PORT is not"), joined_processes():
         pass
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        port = str(taken.getsockname()[1])
+    with socket.socket() as kept:  # from all that do not ask to share the port
+        kept.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        kept.bind(("127.0.0.1", 0))
+        port = str(kept.getsockname()[1])
         monkeypatch.setenv("MASTER_PORT", port)
-        taken.listen()
-        with pytest.raises(ConfigError, match=f"127.0.0.1:{port} .*address already in use"), joined_processes():
+        taken = pytest.raises(ConfigError, match=f"127.0.0.1:{port} .*address already in use")
+        with socket.create_server(("127.0.0.1", int(port))), taken, joined_processes():
             pass
-    for rank in ("0", "1"):  # the first waits for the other, and the other for the first
-        monkeypatch.setenv("RANK", rank)
-        said = f"process {rank} of WORLD_SIZE=2 did not meet.*:{port}.* within 1 s: "
-        with pytest.raises(ConfigError, match=said), joined_processes():
-            pass
+        for rank in ("0", "1"):  # the first waits for the other, and the other for the first
+            monkeypatch.setenv("RANK", rank)
+            said = f"process {rank} of WORLD_SIZE=2 did not meet.*:{port}.* within 1 s: "
+            with pytest.raises(ConfigError, match=said), joined_processes():
+                pass
 
 
 def test_the_interface_of_an_address() -> None:

@@ -132,7 +132,7 @@ def test_the_run_and_the_trainer_check_before_they_load(
 
 
 def test_free_memory_of_this_machine_is_a_number() -> None:
-    assert GIB // 4 < free_bytes(CPU) < 2**50
+    assert 0 < free_bytes(CPU) < 2**50
 
 
 def test_a_model_whose_code_reads_numbers_is_estimated() -> None:

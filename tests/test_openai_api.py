@@ -4,9 +4,10 @@ import asyncio
 import json
 import math
 import threading
-import time
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
@@ -26,6 +27,7 @@ from posttrain.serve.openai_answers import ChatAnswer, ChatFeed
 from posttrain.serve.openai_api import OnTokens, ServedModel, no_endpoint, openai_routes
 from posttrain.serve.openai_requests import Options
 from tests.conftest import rounded
+from tests.processes import PATIENCE, wait_until
 
 CHAT: Any = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hällo 🙂"}]
 
@@ -59,7 +61,7 @@ def client(server: str) -> openai.OpenAI:
 
 
 def post(url: str, fields: dict[str, Any]) -> httpx.Response:
-    return httpx.post(url, json={"model": "tiny"} | fields, timeout=60)
+    return httpx.post(url, json={"model": "tiny"} | fields, timeout=PATIENCE)
 
 
 def test_models(client: openai.OpenAI) -> None:
@@ -104,10 +106,26 @@ def test_a_stream_says_what_an_answer_says(client: openai.OpenAI) -> None:
     assert "".join(chunk.choices[0].text for chunk in texts) == together.choices[0].text
 
 
-def test_a_stream_comes_while_it_is_sampled(client: openai.OpenAI) -> None:
-    stream = client.completions.create(model="tiny", prompt="abc", seed=0, max_tokens=400, stream=True)
-    times = [time.monotonic() for _ in stream]
-    assert len(times) > 5 and times[0] < times[-1]
+class Halting(ServedModel):
+    """Goes on after its first tokens when these have been read."""
+
+    read: ClassVar[threading.Event] = threading.Event()
+
+    async def sample(self, prompt: list[int], n: int, params: SamplingParams, on_tokens: OnTokens) -> SampleResponse:
+        on_tokens(0, [65, 66])
+        assert await asyncio.to_thread(self.read.wait, PATIENCE)
+        return SampleResponse([SampledSequence([65, 66, 67], [0.0] * 3, "length")])
+
+
+def test_a_stream_comes_while_it_is_sampled(models: Table) -> None:
+    halting = Halting(models["tiny"].client, models["tiny"].renderer)
+    with LocalServer(Starlette(routes=openai_routes(Table(halting=halting)))) as running:
+        client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="none", max_retries=0)
+        texts = []
+        for chunk in client.completions.create(model="halting", prompt="abc", stream=True):
+            texts.append(chunk.choices[0].text)
+            halting.read.set()
+    assert len(texts) > 1 and "".join(texts) == decode(models["tiny"].renderer.tokenizer, [65, 66, 67])
 
 
 def test_stops_end_the_text_and_are_not_in_it(client: openai.OpenAI) -> None:
@@ -134,7 +152,8 @@ class Scripted(ServedModel):
         tokens = self.renderer.tokenizer.encode(CALL + "<|im_end|>")
         for length in range(5, len(tokens), 5):
             on_tokens(0, tokens[:length])
-            await asyncio.sleep(0.001)
+            for _ in range(20):  # turns of the loop, in which the tokens are sent
+                await asyncio.sleep(0)
         return SampleResponse([SampledSequence(tokens, [0.0] * len(tokens), "stop")])
 
 
@@ -327,17 +346,19 @@ def test_many_at_once_and_a_client_that_hangs_up(server: str, models: Table) -> 
     for i in (0, 17, 49):
         tokens = policy.sample(prompt, 1, SamplingParams(max_tokens=8, seed=i)).result().sequences[0].tokens
         assert texts[i].startswith(decode(policy.get_tokenizer(), tokens).split("<|")[0])
-    assert policy._engine.num_in_flight == 0
+    wait_until(lambda: policy._engine.num_in_flight == 0)
 
 
 class Waiting(ServedModel):
     """Waits for its turn before the first token."""
 
+    began: ClassVar[threading.Event] = threading.Event()
     cancelled: ClassVar[threading.Event] = threading.Event()
 
     async def sample(self, prompt: list[int], n: int, params: SamplingParams, on_tokens: OnTokens) -> SampleResponse:
+        self.began.set()
         try:
-            await asyncio.sleep(60)
+            await asyncio.sleep(3600)
         finally:
             self.cancelled.set()
         raise AssertionError
@@ -346,10 +367,13 @@ class Waiting(ServedModel):
 def test_a_stream_that_is_given_up_before_its_first_token_frees_its_place(models: Table) -> None:
     waiting = Waiting(models["tiny"].client, models["tiny"].renderer)
     with LocalServer(Starlette(routes=openai_routes(Table(waiting=waiting)))) as running:
-        ask = {"model": "waiting", "prompt": "a", "stream": True}
-        with pytest.raises(httpx.ReadTimeout):
-            httpx.post(f"{running.url}/v1/completions", json=ask, timeout=httpx.Timeout(30, read=0.2))
-        assert waiting.cancelled.wait(30)
+        address = urlsplit(running.url)
+        connection = HTTPConnection(str(address.hostname), address.port)
+        ask = json.dumps({"model": "waiting", "prompt": "a", "stream": True})
+        connection.request("POST", "/v1/completions", ask, {"content-type": "application/json"})
+        assert waiting.began.wait(PATIENCE)
+        connection.close()
+        assert waiting.cancelled.wait(PATIENCE)
 
 
 @pytest.mark.parametrize(

@@ -13,17 +13,18 @@ from posttrain.backend.futures import InOrder
 from posttrain.backend.openmp import release_workers
 
 def threads(expected):
-    deadline = time.monotonic() + 600  # a worker ends soon after it was told to
+    deadline = time.monotonic() + 600  # a worker that was told to end is listed a little longer
     while (found := len(os.listdir("/proc/self/task"))) != expected and time.monotonic() < deadline:
         time.sleep(0.01)
     return found
 
+idle = len(os.listdir("/proc/self/task"))
 x = torch.ones(1000, 1000)
 def compute():
-    return float((x * x).sum()), len(os.listdir("/proc/self/task"))
+    return float((x * x).sum()), threads(idle + 2)
 
 release_workers()  # of the main thread, which has just made x
-idle = len(os.listdir("/proc/self/task"))
+threads(idle)
 thread = InOrder("training")
 first, second = thread.submit(compute).result(), thread.submit(compute).result()
 print(idle, first, second, threads(idle + 1))

@@ -12,6 +12,7 @@ import pytest
 from envs.problem_env import ProblemEnv
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
+from posttrain.tracking.metrics_log import read_metrics as metrics
 from recipes.pretrained.word_sums import WordSumsBuilder
 from tests import commands
 from tests.conftest import GAP_OF_A_COMMAND, ROOT
@@ -30,10 +31,6 @@ def run_recipe(name: str, folder: Path, *arguments: str, as_module: bool = False
 
 def numbers(pattern: str, output: str) -> list[float]:
     return [float(found) for found in re.findall(pattern, output)]
-
-
-def metrics(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_sl_loop_learns(tmp_path):

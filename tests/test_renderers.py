@@ -177,7 +177,7 @@ def test_bos_once_and_first(name):
 text = st.text(st.sampled_from("ab eU:\n?é日"), min_size=1, max_size=12).map(str.strip).filter(bool)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(name=st.sampled_from(sorted(RENDERERS)), turns=st.lists(st.tuples(text, text), min_size=1, max_size=3))
 def test_prompts_are_prefixes_and_weights_are_the_replies(name, turns):
     renderer = RENDERERS[name]

@@ -28,7 +28,7 @@ from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from rl import train
 from tests.conftest import policy_data, rounded
-from tests.processes import actors
+from tests.processes import PATIENCE, actors
 from tests.test_group_sources import config, metrics
 
 pytestmark = [
@@ -62,7 +62,7 @@ def untied(folder: Path) -> str:
 def sampled(sampler: SamplingClient, max_tokens: int = 12) -> list[list[int]]:
     params = SamplingParams(max_tokens=max_tokens, seed=3)
     answers = [sampler.sample(prompt, 2, params) for prompt in PROMPTS]
-    return [sequence.tokens for answer in answers for sequence in answer.result(300).sequences]
+    return [sequence.tokens for answer in answers for sequence in answer.result(PATIENCE).sequences]
 
 
 def gap(client: TrainingClient, sampler: SamplingClient) -> float:
@@ -71,7 +71,7 @@ def gap(client: TrainingClient, sampler: SamplingClient) -> float:
     responses = [sampler.sample(prompt, 1, params) for prompt in PROMPTS[:8]]
     largest = 0.0
     for prompt, response in zip(PROMPTS, responses, strict=False):
-        sequence = response.result(300).sequences[0]
+        sequence = response.result(PATIENCE).sequences[0]
         tokens = prompt.to_ints() + sequence.tokens
         inputs = {"target_tokens": np.array(tokens[1:]), "weights": np.ones(len(tokens) - 1, np.float32)}
         output = client.forward([Datum(ModelInput.from_ints(tokens[:-1]), inputs)], "cross_entropy").result()
@@ -104,7 +104,7 @@ def test_versions_follow_the_trainer(client: TrainingClient) -> None:
     newest = client.save_weights_and_get_sampling_client()
     assert gap(client, newest) < rounded(1e-5) and gap(client, live) < rounded(1e-5)
     with pytest.raises(StaleSamplerError):
-        stale.sample(PROMPTS[0], 1, SamplingParams(max_tokens=2)).result(300)
+        stale.sample(PROMPTS[0], 1, SamplingParams(max_tokens=2)).result(PATIENCE)
     assert sampled(kept) == before != sampled(newest)  # a snapshot is loaded from its files
     assert pool_of(client).deaths == 0 and num_serving(pool_of(client)) == 2
 
@@ -115,9 +115,9 @@ def test_a_replica_killed_in_a_batch_changes_no_token(client: TrainingClient) ->
     params = SamplingParams(max_tokens=40, seed=3)
     answers = [sampler.sample(prompt, 2, params) for prompt in PROMPTS]
     for answer in answers[: len(answers) * 2 // 5]:
-        answer.result(300)
+        answer.result(PATIENCE)
     os.kill(actors("SamplerActor")[0], signal.SIGKILL)
-    assert [sequence.tokens for answer in answers for sequence in answer.result(300).sequences] == before
+    assert [sequence.tokens for answer in answers for sequence in answer.result(PATIENCE).sequences] == before
     while num_serving(pool) < 2 or pool.deaths == deaths:
         asyncio.run(asyncio.sleep(0.1))
     # the replacement has weights that nobody has published again
@@ -133,7 +133,7 @@ def test_a_replica_that_stands_still_is_killed(client: TrainingClient) -> None:
     while pool.deaths == deaths:
         asyncio.run(asyncio.sleep(0.1))
     pool._call_seconds = limit
-    assert [sequence.tokens for answer in answers for sequence in answer.result(300).sequences] == before
+    assert [sequence.tokens for answer in answers for sequence in answer.result(PATIENCE).sequences] == before
 
 
 def test_shards_of_an_adapter_and_of_an_untied_head_reach_the_replicas(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_without_replicas_the_run_ends_and_its_checkpoint_stands(tmp_path: Path)
         (pid,) = set(actors("SamplerActor")) - others
         os.kill(pid, signal.SIGKILL)
         with pytest.raises(EngineError, match="the sampler replicas have stopped"):
-            sampler.sample(PROMPTS[0], 1, SamplingParams(max_tokens=2)).result(300)
+            sampler.sample(PROMPTS[0], 1, SamplingParams(max_tokens=2)).result(PATIENCE)
         with pytest.raises(EngineError):
             client.save_weights_and_get_sampling_client()
             step(client)

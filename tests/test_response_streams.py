@@ -42,7 +42,7 @@ PIECES += [
 ]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     name=st.sampled_from(sorted(WITH_TOOLS)),
     pieces=st.lists(st.sampled_from(PIECES), max_size=8),

@@ -13,10 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
-from posttrain.tracking.metrics_log import read_metrics
 from tests.commands import Command, run
+from tests.finished_runs import outcome, steps_logged
 
 SFT = [
     "supervised/train_cli.py",
@@ -48,19 +47,6 @@ def finish(arguments: list[str], folder: Path) -> str:
     process = start(arguments, folder)
     assert process.wait() == 0, process.output()
     return process.output()
-
-
-def steps_logged(folder: Path) -> int:
-    file = folder / "metrics.jsonl"
-    return len(file.read_bytes().splitlines()) if file.exists() else 0
-
-
-def outcome(folder: Path) -> tuple[dict, list]:
-    """Final weights and optimizer, and all metrics but the times."""
-    final = folder / "checkpoints" / "final"
-    tensors = load_file(final / "model.safetensors") | load_file(final / "training_state" / "optimizer.safetensors")
-    metrics = [{k: v for k, v in record.items() if not k.startswith("time/")} for record in read_metrics(folder)]
-    return {name: tensor.numpy().tobytes() for name, tensor in tensors.items()}, metrics
 
 
 def kill_at(arguments: list[str], folder: Path, file: str, count: int) -> None:

@@ -247,7 +247,7 @@ def test_a_language_model_that_says_something_else_is_an_error(reply, message):
 
 def test_an_endpoint_judges_each_criterion(renderer, endpoint: Endpoint):  # noqa: F811
     endpoint.replies = ["Score: 4/5"]
-    judge = ChatEndpoint(base_url=endpoint.url, model="m", retries=0, timeout=5.0)
+    judge = ChatEndpoint(base_url=endpoint.url, model="m", retries=0, timeout=600.0)
     group = group_of(renderer, [rubric({"polite": "P?", "short": "S?"}, judge, highest=5.0)], ["a"])
     assert group.get_total_rewards() == pytest.approx([0.8]) and len(endpoint.requests) == 2
     assert "0.8 Score: 4/5" in group.trajectories_G[0].transitions[0].logs["rubric/polite"]

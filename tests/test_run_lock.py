@@ -26,6 +26,7 @@ from posttrain.tracking.run_folder import BehaviorIfExists, open_run_folder
 from posttrain.tracking.stop_request import StopRequest
 from posttrain.tracking.trainer_restarts import with_restarts
 from tests.conftest import ROOT
+from tests.processes import PATIENCE
 
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT)}
 
@@ -192,7 +193,7 @@ def test_a_run_whose_terminal_or_reader_goes_away_saves_its_step(end: Callable, 
     while process.poll() is None and not ((tmp_path / "metrics.jsonl").exists() and len(read_metrics(tmp_path)) >= 3):
         time.sleep(0.02)
     end(process)
-    assert process.wait(timeout=600) == 130
+    assert process.wait(PATIENCE) == 130
     logged = len(read_metrics(tmp_path))
     assert logged < 100_000 and (tmp_path / "checkpoints" / f"{logged:06d}" / "model.safetensors").exists()
 

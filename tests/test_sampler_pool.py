@@ -20,6 +20,7 @@ from posttrain.backend.spans import Spans
 from posttrain.backend.types import SampledSequence, SampleResponse, SamplingParams
 from posttrain.backend.weight_files import FileWeights
 from posttrain.backend.weight_versions import Policy, SnapshotMemory, WeightVersion
+from tests.processes import PATIENCE, wait_until
 
 # --- routing ------------------------------------------------------------------------------------
 
@@ -146,14 +147,14 @@ def failed(error: Exception) -> Future:
 
 
 class Pool:
-    def __init__(self, folder: Path, size: int = 2, restarts: int = 0, answers: bool = True, seconds: float = 60.0):
+    def __init__(self, folder: Path, size: int = 2, restarts: int = 0, answers: bool = True):
         self.replicas: list[FakeReplica] = []
 
         def start(index: int) -> FakeReplica:
             self.replicas.append(FakeReplica(index, answers or len(self.replicas) >= size))
             return self.replicas[-1]
 
-        self.pool = SamplerPool(start, size, folder, restarts, seconds, deterministic=False)
+        self.pool = SamplerPool(start, size, folder, restarts, 60.0, deterministic=False)
         self.policy, self.folder, self.memory = Policy(SnapshotMemory(1.0), False), folder, SnapshotMemory(1.0)
         self.tensor = torch.zeros(3, 2)
 
@@ -174,7 +175,8 @@ class Pool:
 
 
 @pytest.fixture
-def make(tmp_path: Path) -> Iterator[Callable[..., Pool]]:
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Pool]]:
+    monkeypatch.setattr("posttrain.backend.sampler_pool.WATCH_SECONDS", 0.02)
     pools: list[Pool] = []
 
     def new(**options) -> Pool:  # noqa: ANN003
@@ -190,22 +192,15 @@ def make(tmp_path: Path) -> Iterator[Callable[..., Pool]]:
     wait_until(lambda: not list(tmp_path.iterdir()))  # published weights are gone
 
 
-def wait_until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
-
-
 def test_nothing_is_sampled_without_weights_and_the_version_moves_after_all_replicas(
     make: Callable[..., Pool],
 ) -> None:
     pool = make()
     with pytest.raises(EngineError, match="no weights yet"):
-        pool.sample(1).result(60)
+        pool.sample(1).result(PATIENCE)
     version = pool.sync()
     assert pool.policy.newest is version and [replica.number for replica in pool.replicas] == [0, 0]
-    assert pool.sample(5).result(60) == [5]
+    assert pool.sample(5).result(PATIENCE) == [5]
     pool.sync()
     assert torch.equal(pool.replicas[1].loaded["w"], torch.ones(3, 2))
     assert len(list(pool.folder.iterdir())) == 1  # the older version's files are gone
@@ -218,8 +213,8 @@ def test_older_versions_are_stale_or_kept_as_files(make: Callable[..., Pool]) ->
     pool.policy.before_change(None)  # type: ignore[arg-type]  # the files are the copy
     pool.sync()
     with pytest.raises(StaleSamplerError, match="version 0 only"):
-        pool.sample(1, first).result(60)
-    assert pool.sample(1, first, keep=True).result(60) == [1]
+        pool.sample(1, first).result(PATIENCE)
+    assert pool.sample(1, first, keep=True).result(PATIENCE) == [1]
     (weights,) = [older for replica in pool.replicas for older in replica.older if older is not None]
     assert torch.equal(dict(weights)["w"], torch.zeros(3, 2))
     del weights
@@ -241,7 +236,7 @@ def test_requests_of_a_dead_replica_go_to_the_others_unchanged(make: Callable[..
     again = [(request.seed, request.prompt) for requests, _ in second.asked[4:] for request in requests]
     assert again == before
     second.answer()
-    assert [future.result(60) for future in futures] == [[seed] for seed in range(8)]
+    assert [future.result(PATIENCE) for future in futures] == [[seed] for seed in range(8)]
     assert pool.pool.deaths == 1 and pool.pool.num_in_flight == 0
 
 
@@ -250,14 +245,14 @@ def test_a_replacement_serves_only_once_it_has_weights(make: Callable[..., Pool]
     pool.sync()
     future = pool.sample(3)
     pool.replicas[0].kill()
-    assert future.result(60) == [3]  # FakeReplica.sample refuses before its first sync
+    assert future.result(PATIENCE) == [3]  # FakeReplica.sample refuses before its first sync
     assert len(pool.replicas) == 2 and pool.replicas[1].number == 0
 
 
 @pytest.mark.parametrize("restarts", [1, 2])
 def test_a_replacement_that_fails_is_replaced(restarts: int, make: Callable[..., Pool]) -> None:
     """As where the dead one's memory is not free yet."""
-    pool = make(restarts=restarts, seconds=0.4)
+    pool = make(restarts=restarts)
     pool.sync()
     start = pool.pool._start
 
@@ -302,7 +297,7 @@ def test_without_a_replica_everybody_is_told(make: Callable[..., Pool]) -> None:
         replica.kill()
     for future in futures:
         with pytest.raises(EngineError, match="the sampler replicas have stopped"):
-            future.result(60)
+            future.result(PATIENCE)
     with pytest.raises(EngineError):
         pool.sample(9)
     with pytest.raises(EngineError):
@@ -322,7 +317,7 @@ def test_a_request_that_kills_replicas_is_given_up(make: Callable[..., Pool]) ->
 
     wait_until(kill_who_has_it)
     with pytest.raises(EngineError, match="3 sampler replicas died with this request"):
-        future.result(60)
+        future.result(PATIENCE)
     assert sum(not replica.dead for replica in pool.replicas) == 1
 
 
@@ -333,17 +328,18 @@ def test_a_replica_that_dies_in_a_sync_leaves_the_others(make: Callable[..., Poo
     version = pool.sync()
     assert pool.policy.newest is version and pool.replicas[1].number == 1
     wait_until(lambda: len(pool.replicas) == 3 and pool.replicas[2].number == 1)
-    assert pool.sample(1).result(60) == [1]
+    assert pool.sample(1).result(PATIENCE) == [1]
 
 
 def test_a_replica_that_decodes_nothing_is_killed(make: Callable[..., Pool]) -> None:
-    pool = make(answers=False, seconds=0.2)
+    pool = make(answers=False)
     pool.sync()
     future = pool.sample(1)
     (hanging,) = [replica for replica in pool.replicas if replica.asked]
     (other,) = [replica for replica in pool.replicas if not replica.asked]
     other.answers = True
-    assert future.result(60) == [1] and hanging.dead and not other.dead
+    pool.pool._call_seconds = 0.2
+    assert future.result(PATIENCE) == [1] and hanging.dead and not other.dead
 
 
 def test_the_pool_records_what_its_replicas_are_at(make: Callable[..., Pool]) -> None:
@@ -352,7 +348,7 @@ def test_the_pool_records_what_its_replicas_are_at(make: Callable[..., Pool]) ->
     pool.sync()
     futures = [pool.sample(seed) for seed in range(2)]
     pool.replicas[0].answer()
-    assert [future.result(60) for future in futures] == [[0], [1]]
+    assert [future.result(PATIENCE) for future in futures] == [[0], [1]]
     recorded = [(span.kind, span.process, span.tokens) for span in reversed(spans.between(0, time.perf_counter()))]
     # a span up to each answer
     assert recorded == [
@@ -366,7 +362,7 @@ def test_the_pool_records_what_its_replicas_are_at(make: Callable[..., Pool]) ->
 
 
 def test_a_death_without_requests_is_noticed(make: Callable[..., Pool]) -> None:
-    pool = make(restarts=1, seconds=1.0)
+    pool = make(restarts=1)
     pool.sync()
     pool.replicas[0].kill()
     wait_until(lambda: len(pool.replicas) == 3 and pool.replicas[2].number == 0)
@@ -428,4 +424,4 @@ def test_cancelled_calls_are_withdrawn_and_streams_get_all_tokens_at_once(make: 
             if asked.done():
                 continue
             replica.answer()
-    assert future.result(60) == [7] and seen == [[7]]
+    assert future.result(PATIENCE) == [7] and seen == [[7]]

@@ -18,13 +18,10 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, ModelInput, SampleResponse, SamplingParams, TensorData
-from tests.conftest import SAMPLER_GAP, random_tokens, rounded
+from tests.conftest import SAMPLER_GAP, prompt_of, random_tokens, rounded
+from tests.processes import PATIENCE
 
 GREEDY = SamplingParams(max_tokens=16, temperature=0.0, stop=[])
-
-
-def prompt_of(length: int, seed: int = 0) -> ModelInput:
-    return ModelInput.from_ints(random_tokens(np.random.default_rng([seed, length]), length))
 
 
 def sample_all(
@@ -341,8 +338,8 @@ def test_sync_in_mid_generation_fails_snapshots_and_carries_followers(vllm_clien
     train_a_little(vllm_client, 1)
     vllm_client.save_weights_and_get_sampling_client()
     with pytest.raises(StaleSamplerError):
-        running[0].result(60)
-    assert [len(sequence.tokens) for sequence in running[1].result(60).sequences] == [300] * 8
+        running[0].result(PATIENCE)
+    assert [len(sequence.tokens) for sequence in running[1].result(PATIENCE).sequences] == [300] * 8
 
 
 # Trap: LoRA weights that never reach the sampler.
@@ -434,7 +431,7 @@ def test_a_dead_engine_fails_its_callers_and_nothing_hangs(
 
     monkeypatch.setattr("posttrain.backend.torch_sampler.TorchSampler._decode", explode)
     with pytest.raises(EngineError, match="boom") as caught:
-        client.sample(prompt_of(5), 1, GREEDY).result(10)
+        client.sample(prompt_of(5), 1, GREEDY).result(PATIENCE)
     assert isinstance(caught.value.__cause__, ValueError)
     with pytest.raises(EngineError):
         client.sample(prompt_of(5), 1, GREEDY)

@@ -62,13 +62,19 @@ class Http:
         return (await self.result(created)).json()["model_id"]
 
 
+async def until(holds: Callable[[], object]) -> None:
+    """For what happens in another thread, or in a task of the application."""
+    while not holds():  # noqa: ASYNC110 - nobody tells
+        await asyncio.sleep(0.01)
+
+
 def app_test(test: Callable[[Http, State], Awaitable[None]]) -> Callable[..., None]:
     """Runs a test with an application that serves `micro` as "m"."""
 
     def run(service: ServiceClient, tmp_path: Path) -> None:
         async def body() -> None:
             bases = open_bases(["m=micro"], None)
-            state = State(service, bases, Store(tmp_path), limits=Limits(gap_seconds=0.3))
+            state = State(service, bases, Store(tmp_path))
             await test(Http(create_app(state)), state)
             for session_id in [*state.sessions]:
                 state.end_session(session_id)
@@ -125,6 +131,7 @@ async def test_a_refused_pass_is_the_error_of_its_step_and_of_no_other(http: Htt
 
 @app_test
 async def test_a_number_that_never_comes_blocks_for_a_while_only(http: Http, state: State) -> None:
+    state.limits = Limits(gap_seconds=0.3)
     model_id = await http.model(rank=4)
     lost = await http.result(await http.call("optim_step", model_id=model_id, seq_id=2))
     assert "request 1 of this model did not arrive" in lost.json()["error"]
@@ -321,17 +328,13 @@ async def test_a_cancelled_sample_gives_its_place_back(http: Http, state: State)
     engine = state.samplers[sampler].opened.result()._engine
     long = {"max_tokens": 400, "seed": 1, "stop": []}
     begun = [await http.call("asample", **sample_of(sampler, i, num_samples=64, sampling_params=long)) for i in (1, 2)]
-    await asyncio.sleep(0.05)
+    await until(lambda: engine.num_in_flight)
     ids = [answer.json()["request_id"] for answer in begun]
     for request_id in (*ids, "unknown"):
         assert (await http.call("cancel_future", request_id=request_id)).status_code == 204
     for answer in begun:
         assert "cancelled" in (await http.result(answer)).json()["error"]
-    for _ in range(1000):
-        if not engine.num_in_flight:
-            break
-        await asyncio.sleep(0.01)
-    assert not engine.num_in_flight
+    await until(lambda: not engine.num_in_flight)
     assert len(state.requests) == 0
     assert (await http.result(await http.call("asample", **sample_of(sampler, 3)))).status_code == 200
 
@@ -362,13 +365,14 @@ async def test_what_is_asked_twice_is_done_once(http: Http, state: State) -> Non
 async def test_an_answer_that_is_not_there_is_asked_for_again(http: Http, state: State) -> None:
     # Trap: an immediate 408 makes a busy loop of the client; 409 and 5xx are tried for five minutes
     model_id = await http.model(rank=4)
-    waiting = (await http.call("optim_step", model_id=model_id, seq_id=2)).json()["request_id"]
+    waiting = (await http.call("optim_step", model_id=model_id, seq_id=2)).json()["request_id"]  # 1 never comes
     started = asyncio.get_running_loop().time()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(app_module, "POLL_SECONDS", 0.1)
         answer = await http.call("retrieve_future", request_id=waiting)
     assert (answer.status_code, answer.json()["queue_state"]) == (408, "active")
     assert asyncio.get_running_loop().time() - started >= 0.1
+    state.end_session(model_id.split(":")[0])
     kept = [await http.call("retrieve_future", request_id=waiting) for _ in range(2)]
     assert kept[0].json() == kept[1].json() and "error" in kept[0].json()  # failed ones are kept, too
 

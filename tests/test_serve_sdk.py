@@ -18,6 +18,7 @@ from benchmarks import tinker_sdk
 from posttrain.backend.errors import ConfigError
 from posttrain.serve import wire
 from tests.conftest import ROOT
+from tests.processes import PATIENCE
 from tests.tinker_messages import datum, pass_body
 
 pytestmark = pytest.mark.slow
@@ -92,7 +93,7 @@ class Server:
 
     def close(self) -> None:
         self.process.terminate()
-        self.process.wait(60)
+        self.process.wait(PATIENCE)
 
     def log(self) -> str:
         return self._log.read_text()
@@ -107,7 +108,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 def run_checks(server: Server, version: str, checks: list[str]) -> None:
     command = [sdk_python(version), str(ROOT / "tests" / "sdk_checks.py"), *checks]
-    done = subprocess.run(command, env=server.environment(), capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=server.environment(), capture_output=True, text=True, timeout=PATIENCE)
     found = [line for line in done.stdout.splitlines() if line.split(":")[0].split()[0] in checks]
     wrong = [line.replace("\\n", "\n") for line in found if not line.endswith(" ok")]
     assert len(found) == len(checks) and not wrong, "\n".join([*wrong, done.stderr[-3000:], server.log()[-3000:]])
@@ -126,7 +127,7 @@ def test_the_sdk(server: Server) -> None:
 
 def test_an_sdk_of_an_older_protocol_is_told_so_in_one_line(server: Server) -> None:
     script = [sdk_python("0.18.2"), "-c", "import tinker; tinker.ServiceClient()"]
-    done = subprocess.run(script, env=server.environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(script, env=server.environment(), capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode and "install one from 0.22.7 to 0.38" in done.stderr.splitlines()[-1]
 
 
@@ -171,7 +172,7 @@ def test_a_save_that_sigterm_meets_leaves_checkpoints_whole(tmp_path: Path) -> N
     assert server.process.stdout
 
     def call(path: str, /, **body: Any) -> dict[str, Any]:
-        response = httpx.post(f"{server.url}/api/v1/{path}", json=body, timeout=60)
+        response = httpx.post(f"{server.url}/api/v1/{path}", json=body, timeout=PATIENCE)
         assert response.status_code == 200, response.text
         return response.json()
 
@@ -182,7 +183,7 @@ def test_a_save_that_sigterm_meets_leaves_checkpoints_whole(tmp_path: Path) -> N
         content = pass_body(model_id, seq_id, [datum()], forward_only=True)
         headers = {"content-type": "application/x-protobuf"}
         accepted = httpx.post(f"{server.url}/api/v1/forward_backward", content=content, headers=headers).json()
-        answer = httpx.post(f"{server.url}/api/v1/retrieve_future", json=accepted, timeout=60).content
+        answer = httpx.post(f"{server.url}/api/v1/retrieve_future", json=accepted, timeout=PATIENCE).content
         output = wire.MESSAGES["ForwardBackwardOutput"].FromString(answer)
         return np.frombuffer(output.loss_fn_outputs[0].fields["logprobs"].data, "<f4").tolist()
 
@@ -225,5 +226,5 @@ def _logprobs_after(server: Server, script: list[str], path: str) -> list[float]
     if server.process.poll() is not None:
         server.start()
     script = [*script, path] if path else [*script[:-1], "five_steps"]
-    done = subprocess.run(script, env=server.environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(script, env=server.environment(), capture_output=True, text=True, timeout=PATIENCE)
     return next(json.loads(line) for line in done.stdout.splitlines() if line.startswith("["))

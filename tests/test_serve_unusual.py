@@ -1,12 +1,11 @@
 """Unusual and hostile clients of the Tinker protocol's server: what they get wrong is theirs alone."""
 
-import asyncio
 from typing import Any
 
 import pytest
 
 from posttrain.serve.state import State
-from tests.test_serve import Http, app_test, base_sampler, loss, sample_of
+from tests.test_serve import Http, app_test, base_sampler, loss, sample_of, until
 from tests.test_serve import service as service  # the fixture
 from tests.tinker_messages import datum, pass_body
 
@@ -56,16 +55,12 @@ async def test_the_end_of_a_session_ends_its_samples(http: Http, state: State) -
     long = {"max_tokens": 400, "seed": 1, "stop": []}
     begun = [await http.call("asample", **sample_of(sampler, i, num_samples=64, sampling_params=long)) for i in (1, 2)]
     kept = await http.call("asample", **sample_of(others, 0))
-    await asyncio.sleep(0.05)
+    await until(lambda: engine.num_in_flight)
     await http.call(f"sessions/{sampler.split(':')[0]}/finish")
     for answer in begun:
         assert "session has ended" in (await http.result(answer)).json()["error"]
     assert (await http.result(kept)).headers["content-type"] == "application/x-protobuf"
-    for _ in range(1000):
-        if not engine.num_in_flight:
-            break
-        await asyncio.sleep(0.01)
-    assert not engine.num_in_flight
+    await until(lambda: not engine.num_in_flight)
 
 
 @app_test

@@ -27,6 +27,7 @@ from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, ModelInput, SamplingParams
 from posttrain.backend.weight_versions import GIB, Weights, WeightVersion
 from tests.conftest import ROOT, policy_data, random_tokens, rounded
+from tests.processes import PATIENCE
 
 PROMPT = random_tokens(np.random.default_rng(0), 200)  # vLLM caches prefixes of 128 tokens
 PARAMS = SamplingParams(max_tokens=12, seed=3, stop=[])
@@ -199,7 +200,7 @@ def test_a_sync_waits_for_calls_that_keep_their_version(vllm_micro: TrainingClie
     step(client)
     live = client.save_weights_and_get_sampling_client()
     again = old.sample(ModelInput.from_ints(PROMPT[:5]), 4, params)
-    for before, after in zip(running.result(60).sequences, again.result(60).sequences, strict=True):
+    for before, after in zip(running.result(PATIENCE).sequences, again.result(PATIENCE).sequences, strict=True):
         assert before.tokens == after.tokens, "sampled before the sync, and after it"
     assert scored(old) == pytest.approx(expected.tolist(), abs=rounded(1e-4)) != scored(live)
 

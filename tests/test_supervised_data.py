@@ -33,6 +33,7 @@ from supervised.data import (
 from supervised.types import SupervisedDatasetBuilder
 from supervised.viz_sft_dataset import colored_example
 from tests import commands
+from tests.jsonl_files import write
 
 TOKENIZER = character_tokenizer(512)
 PLAIN = get_renderer("plain", TOKENIZER)
@@ -46,11 +47,6 @@ WORD_PROBLEMS = [
     {"question": "A box holds 4 pens. How many are in 6 boxes?", "answer": "4 * 6 = <<4*6=24>>24 pens.\n#### 24"},
     {"question": "Ben walks 2 km a day. How far in a week?", "answer": "He walks 2 * 7 = <<2*7=14>>14 km.\n#### 14"},
 ]
-
-
-def write(path, rows) -> str:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
 
 
 def sums(n: int) -> list[dict[str, str]]:
@@ -152,8 +148,8 @@ def test_a_huggingface_set_that_cannot_be_built_is_one_line(tmp_path):
 
 def test_gsm8k_rows_train_directly(tmp_path, capsys):
     builder = PromptCompletionFileBuilder(
-        path=write(tmp_path / "train.jsonl", WORD_PROBLEMS[:2]),
-        test_path=write(tmp_path / "test.jsonl", WORD_PROBLEMS[2:]),
+        path=write(tmp_path / "train.jsonl", *WORD_PROBLEMS[:2]),
+        test_path=write(tmp_path / "test.jsonl", *WORD_PROBLEMS[2:]),
         prompt_field="question",
         completion_field="answer",
         prompt_template="Q: {prompt}\nA: ",
@@ -173,7 +169,7 @@ def test_conversations_from_a_file(tmp_path):
     chat = [
         {"role": r, "content": c} for r, c in [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
     ]
-    path = write(tmp_path / "chats.jsonl", [{"messages": chat}])
+    path = write(tmp_path / "chats.jsonl", {"messages": chat})
     train, test = ConversationFileBuilder(path=path, batch_size=1)(PLAIN)
     assert texts(train) == ["ab<|endoftext|>cd<|endoftext|>"] and test is None
     last = ConversationFileBuilder(
@@ -183,7 +179,7 @@ def test_conversations_from_a_file(tmp_path):
 
 
 def test_held_out_examples_are_not_trained_on(tmp_path):
-    path = write(tmp_path / "sums.jsonl", sums(20))
+    path = write(tmp_path / "sums.jsonl", *sums(20))
     train, test = PromptCompletionFileBuilder(path=path, test_size=5, batch_size=8)(PLAIN)
     assert test is not None
     assert len(texts(test)) == 5 and len(texts(train)) == 15 and not set(texts(test)) & set(texts(train))
@@ -197,7 +193,7 @@ def test_held_out_examples_are_not_trained_on(tmp_path):
 
 def test_overlong_examples_are_counted_never_lost_silently(tmp_path, capsys):
     rows = [*sums(3), {"prompt": "1+2+3+4+5=", "completion": "15"}, {"prompt": "1=", "completion": "1" * 30}]
-    path = write(tmp_path / "sums.jsonl", rows)
+    path = write(tmp_path / "sums.jsonl", *rows)
     builder = PromptCompletionFileBuilder(path=path, max_length=9, batch_size=1, reduction="sum")
     assert len(texts(builder(PLAIN)[0])) == 3
     assert capsys.readouterr().out == f"{path}: 5 examples, 2 longer than 9 tokens dropped\n"
@@ -235,13 +231,13 @@ def test_malformed_lines_are_named(tmp_path, line, complaint):
 
 
 def test_missing_and_empty_files(tmp_path):
-    write(tmp_path / "train.jsonl", [])
+    write(tmp_path / "train.jsonl")
     with pytest.raises(DataError, match="no such file; did you mean .*train.jsonl"):
         ConversationFileBuilder(path=str(tmp_path / "trian.jsonl"))(PLAIN)
     with pytest.raises(DataError, match="no examples"):
         ConversationFileBuilder(path=str(tmp_path / "train.jsonl"))(PLAIN)
     with pytest.raises(ConfigError, match="no {prompt} in it"):
-        path = write(tmp_path / "sums.jsonl", sums(1))
+        path = write(tmp_path / "sums.jsonl", *sums(1))
         PromptCompletionFileBuilder(path=path, prompt_template="Q:")(PLAIN)
 
 
@@ -256,8 +252,8 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     )
     splits.save_to_disk(str(tmp_path / "saved"))
     (tmp_path / "files").mkdir()
-    write(tmp_path / "files" / "train.jsonl", WORD_PROBLEMS[:2])
-    write(tmp_path / "files" / "test.jsonl", WORD_PROBLEMS[2:])
+    write(tmp_path / "files" / "train.jsonl", *WORD_PROBLEMS[:2])
+    write(tmp_path / "files" / "test.jsonl", *WORD_PROBLEMS[2:])
     for name in ("saved", "files"):
         builder = HuggingFaceBuilder(
             name=str(tmp_path / name),
@@ -303,8 +299,8 @@ def test_mixture_follows_its_weights_everywhere_in_the_epoch():
 
 def test_mixture_is_stateless_and_its_settings_hold_for_all(tmp_path):
     parts: list[SupervisedDatasetBuilder] = [
-        PromptCompletionFileBuilder(path=write(tmp_path / "a.jsonl", sums(9)), test_size=2),
-        PromptCompletionFileBuilder(path=write(tmp_path / "b.jsonl", sums(40)[20:])),
+        PromptCompletionFileBuilder(path=write(tmp_path / "a.jsonl", *sums(9)), test_size=2),
+        PromptCompletionFileBuilder(path=write(tmp_path / "b.jsonl", *sums(40)[20:])),
     ]
     train, test = MixtureBuilder(builders=parts, weights=[0.5, 0.5], batch_size=4, reduction="sum")(PLAIN)
     assert test is not None and len(texts(test)) == 2
@@ -351,7 +347,7 @@ def test_viz_colours_by_weight_and_runs_as_a_file_from_anywhere(tmp_path):
         ("5<|endoftext|>", "bold green"),
     ]
     script = viz_sft_dataset.__file__
-    options = [f"dataset.path={write(tmp_path / 'sums.jsonl', sums(4))}", "dataset.batch_size=128", "num_examples=3"]
+    options = [f"dataset.path={write(tmp_path / 'sums.jsonl', *sums(4))}", "dataset.batch_size=128", "num_examples=3"]
     command = [script, "dataset=prompt_completion", "renderer_name=plain", *options]
     shown = commands.run(*command, cwd=tmp_path)
     assert shown.returncode == 0, shown.stderr

@@ -212,7 +212,7 @@ from posttrain.tracking import loggers
 from posttrain.tracking.metrics_log import MetricsLog
 from posttrain.tracking.run_config import RunConfig
 from posttrain.tracking.run_folder import RunFolder
-loggers.START_TIMEOUT = 5
+loggers.START_TIMEOUT = int(sys.argv[2])
 run = RunFolder(Path(sys.argv[1]))
 run.path.mkdir(exist_ok=True)
 log = MetricsLog(run, RunConfig(wandb_project="p", tensorboard=True))
@@ -224,7 +224,7 @@ log.close()
 
 @pytest.mark.slow
 def test_wandb_and_tensorboard_write_into_the_run_folder_without_a_network(tmp_path):
-    ran = commands.run("-c", LOGGED, tmp_path / "run", env={"WANDB_MODE": "offline"})
+    ran = commands.run("-c", LOGGED, tmp_path / "run", "60", env={"WANDB_MODE": "offline"})
     assert ran.returncode == 0, ran.stderr
     (logged,) = (tmp_path / "run" / "wandb").glob("offline-run-*/run-*.wandb")
     (events,) = (tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*")
@@ -233,7 +233,7 @@ def test_wandb_and_tensorboard_write_into_the_run_folder_without_a_network(tmp_p
     assert (tmp_path / "run/wandb_run_id.txt").read_text().strip() in logged.name
     # a server that is not there: one line, and no wait for ever
     account = {"WANDB_MODE": "online", "WANDB_BASE_URL": "http://127.0.0.1:9", "WANDB_API_KEY": "0" * 40}
-    ran = commands.run("-c", LOGGED, tmp_path / "other", env=account)
+    ran = commands.run("-c", LOGGED, tmp_path / "other", "5", env=account)
     assert ran.returncode == 1 and "ConfigError: wandb_project=p: " in ran.stderr.splitlines()[-1], ran.stderr
     assert "WANDB_MODE=offline" in ran.stderr.splitlines()[-1]
 
@@ -319,8 +319,14 @@ def test_runs_are_plotted_alone_and_together(tmp_path, monkeypatch, capsys):
 
 
 def test_a_long_wait_says_what_it_is_waiting_for(capsys) -> None:  # noqa: ANN001
-    assert asyncio.run(reported(asyncio.sleep(0.25, "done"), "giving the sampler new weights", seconds=0.1)) == "done"
-    assert capsys.readouterr().out.count("still giving the sampler new weights after") == 2
+    async def until_it_is_said_twice() -> str:
+        said = ""
+        while said.count("still giving the sampler new weights after") < 2:
+            await asyncio.sleep(0.01)
+            said += capsys.readouterr().out
+        return "done"
+
+    assert asyncio.run(reported(until_it_is_said_twice(), "giving the sampler new weights", seconds=0.01)) == "done"
     with pytest.raises(ZeroDivisionError):
         asyncio.run(reported(asyncio.to_thread(lambda: 1 / 0), "dividing"))
 

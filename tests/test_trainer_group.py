@@ -22,6 +22,7 @@ from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from tests.commands import Command
 from tests.conftest import policy_data, rounded
+from tests.finished_runs import steps_logged
 from tests.processes import actors, descendants, runs, wait_until
 from tests.test_scalar_model import bce, scalar_data
 
@@ -153,34 +154,30 @@ def command(folder: Path, steps: int, *options: str) -> Command:
     return Command("-m", "supervised.train_cli", "dataset=arithmetic", *run, *backend)
 
 
-def steps_of(folder: Path) -> int:
-    file = folder / "metrics.jsonl"
-    return file.read_text().count("\n") if file.exists() else 0
-
-
 def test_a_run_goes_on_from_its_checkpoint_when_a_rank_dies(tmp_path: Path) -> None:
     """In the same command, to the bits of a run in which none died."""
     whole = command(tmp_path / "whole", 24)
     killed = command(tmp_path / "killed", 24, "save_every=4", "backend.trainer_restarts=1")
-    wait_until(lambda: steps_of(tmp_path / "killed") > 6 or killed.poll() is not None, 500)
+    wait_until(lambda: steps_logged(tmp_path / "killed") > 6 or killed.poll() is not None)
     os.kill(actors("TrainerRank", killed.pid)[0], signal.SIGKILL)
     for run in (whole, killed):
         assert run.wait() == 0, run.output()[-2000:]
     assert "0 more allowed (backend.trainer_restarts)" in killed.output() and "has died" in killed.output()
     weights = [tmp_path / name / "checkpoints/final/model.safetensors" for name in ("whole", "killed")]
     assert weights[0].read_bytes() == weights[1].read_bytes()
-    assert steps_of(tmp_path / "killed") == 24
+    assert steps_logged(tmp_path / "killed") == 24
 
 
 def test_two_runs_beside_each_other_are_independent(tmp_path: Path) -> None:
-    """Two commands on one machine, started together; one is killed, the other goes on to its end."""
-    killed, other = command(tmp_path / "killed", 100_000), command(tmp_path / "other", 100)
+    """Two commands on one machine, started together; one is killed, the other goes on until it is asked to stop."""
+    killed, other = (command(tmp_path / name, 100_000) for name in ("killed", "other"))
     both = [tmp_path / name for name in ("killed", "other")]
-    wait_until(lambda: min(map(steps_of, both)) > 3 or other.poll() is not None, 500)
+    wait_until(lambda: min(map(steps_logged, both)) > 3 or None not in (killed.poll(), other.poll()))
     family = descendants(killed.pid)
     assert other.poll() is None and len(actors("TrainerRank", killed.pid)) == 2
     killed.kill()
-    before = steps_of(tmp_path / "other")
-    assert other.wait() == 0, other.output()[-2000:]
-    assert steps_of(tmp_path / "other") == 100 > before
     wait_until(lambda: not any(runs(pid) for pid in family))
+    before = steps_logged(tmp_path / "other")
+    wait_until(lambda: steps_logged(tmp_path / "other") > before + 3 or other.poll() is not None)
+    other.send_signal(signal.SIGINT)
+    assert other.wait() == 130 and "its state is saved" in other.output(), other.output()[-2000:]

@@ -14,8 +14,7 @@ from posttrain.backend.merged_lora import base_weights
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import LoraConfig
 from tests.architectures import NOT_UNMERGED, save_random_model
-from tests.conftest import SAMPLER_GAP, trainer_of
-from tests.test_sampling import prompt_of
+from tests.conftest import SAMPLER_GAP, prompt_of, trainer_of
 from tests.vllm_families import SERVED, families_service, largest_gap, move_every_weight
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs_vllm]

@@ -14,8 +14,7 @@ from posttrain.backend.errors import ModelError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import LoraConfig
 from tests.architectures import NOT_WITH_VLLM, save_random_model
-from tests.conftest import SAMPLER_GAP
-from tests.test_sampling import prompt_of
+from tests.conftest import SAMPLER_GAP, prompt_of
 from tests.vllm_families import SERVED, families_service, largest_gap, move_every_weight
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs_vllm]

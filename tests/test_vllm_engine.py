@@ -20,8 +20,8 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import LoraConfig, SamplingParams
 from posttrain.backend.vllm_settings import vllm_is_installed
-from tests.conftest import NO_VLLM, SAMPLER_GAP
-from tests.test_sampling import GREEDY, prompt_of, train_a_little, trainer_logprobs
+from tests.conftest import NO_VLLM, SAMPLER_GAP, prompt_of
+from tests.test_sampling import GREEDY, train_a_little, trainer_logprobs
 
 
 def global_draws() -> tuple[float, float, float]:

@@ -12,7 +12,8 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, ModelInput, SamplingParams
 from tests.architectures import FAMILIES, NOT_WITH_VLLM
-from tests.test_sampling import prompt_of, trainer_logprobs
+from tests.conftest import prompt_of
+from tests.test_sampling import trainer_logprobs
 
 SERVED = [family for family in FAMILIES if family not in NOT_WITH_VLLM]
 
