@@ -45,7 +45,7 @@ def actors(kind: str, driver: int | None = None) -> list[int]:
     return sorted(pid for pid in descendants(driver or os.getpid()) if title(pid).startswith(f"ray::{kind}"))
 
 
-def wait_until(holds: Callable[[], object], seconds: float = 120.0) -> None:
+def wait_until(holds: Callable[[], object], seconds: float = 300.0) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline

@@ -7,7 +7,9 @@ same tokens after a kill.
 import asyncio
 import os
 import signal
+import time
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, wait
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from rl import train
 from tests.conftest import policy_data, rounded
-from tests.processes import actors
+from tests.processes import actors, wait_until
 from tests.test_group_sources import config, metrics
 
 pytestmark = [
@@ -118,22 +120,26 @@ def test_a_replica_killed_in_a_batch_changes_no_token(client: TrainingClient) ->
         answer.result(300)
     os.kill(actors("SamplerActor")[0], signal.SIGKILL)
     assert [sequence.tokens for answer in answers for sequence in answer.result(300).sequences] == before
-    while num_serving(pool) < 2 or pool.deaths == deaths:
-        asyncio.run(asyncio.sleep(0.1))
+    wait_until(lambda: num_serving(pool) == 2 and pool.deaths > deaths, 300)
     # the replacement has weights that nobody has published again
     assert sampled(sampler, 40) == before and pool.deaths == deaths + 1
 
 
 def test_a_replica_that_stands_still_is_killed(client: TrainingClient) -> None:
     sampler, pool = client.save_weights_and_get_sampling_client(), pool_of(client)
-    before, deaths, limit = sampled(sampler), pool.deaths, pool._call_seconds
+    before, deaths = sampled(sampler), pool.deaths
     os.kill(actors("SamplerActor")[0], signal.SIGSTOP)
-    pool._call_seconds = 3.0
+    asked = {place.replica.progress(): place for place in pool._places if place.replica}
+    (runs, *_), _ = wait(asked, return_when=FIRST_COMPLETED)
+    (stopped,) = (place for pulse, place in asked.items() if pulse is not runs)
     answers = [sampler.sample(prompt, 2, SamplingParams(max_tokens=12, seed=3)) for prompt in PROMPTS]
     while pool.deaths == deaths:
-        asyncio.run(asyncio.sleep(0.1))
-    pool._call_seconds = limit
+        stopped.moved = time.monotonic() - pool._call_seconds - 1  # long ago; of it alone: the other may be slow
+        pool._todo.put(None)  # looks now
+        time.sleep(0.1)
     assert [sequence.tokens for answer in answers for sequence in answer.result(300).sequences] == before
+    wait_until(lambda: num_serving(pool) == 2, 300)  # the replacement is no replica of the next test
+    assert pool.deaths == deaths + 1
 
 
 def test_shards_of_an_adapter_and_of_an_untied_head_reach_the_replicas(tmp_path: Path) -> None:
