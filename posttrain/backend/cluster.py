@@ -20,7 +20,7 @@ import torch
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, EngineError
-from posttrain.backend.left_behind import remove, start_keeper, weight_folder
+from posttrain.backend.left_behind import remove_own, start_keeper, weight_folder
 from posttrain.backend.placement import check_gpus, check_placement, gpus_needed
 from posttrain.backend.ray_process import own_processes, ray_running, session_folders, stop_ray, visible_gpus
 
@@ -116,7 +116,7 @@ class Cluster:
 
                 with contextlib.suppress(Exception):
                     remove_placement_group(self._group)
-            remove(self.folder)
+            remove_own(self.folder)
             _stop_ray_if_unused()
             with contextlib.suppress(OSError):
                 self._keeper.communicate(b"closed")
