@@ -36,8 +36,12 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The cluster's address."""
     options = ["--head", "--port=0", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
     node, said = started([*START, *options], tmp_path_factory.mktemp("head") / "log")
-    yield re.search(r"--address='(127.0.0.1:\d+)'", said)[1]  # type: ignore[index]
-    end(node)
+    try:
+        port = re.search(r"--address='[\d.]+:(\d+)'", said)
+        assert port, said
+        yield f"127.0.0.1:{port[1]}"
+    finally:
+        end(node)
 
 
 def started(command: list[str], log: Path) -> "tuple[subprocess.Popen[bytes], str]":
@@ -45,7 +49,7 @@ def started(command: list[str], log: Path) -> "tuple[subprocess.Popen[bytes], st
     for _ in range(3):
         with log.open("w") as out:
             node = subprocess.Popen(command, stdout=out, stderr=out, env=ENVIRONMENT)
-        wait_until(lambda node=node: "Ray runtime started" in log.read_text() or node.poll() is not None)
+        wait_until(lambda node=node: "will now block" in log.read_text() or node.poll() is not None)
         if node.poll() is None:
             break
     assert node.poll() is None, log.read_text()
