@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -24,7 +25,7 @@ from huggingface_hub import constants
 
 from posttrain.tracking import plots, timeline
 from tests.heap import freeze_for_good
-from tests.processes import PATIENCE
+from tests.processes import PATIENCE, actors
 
 ROOT = Path(__file__).resolve().parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -49,6 +50,7 @@ class _Request:
     environment: dict[str, str]
     files: tuple[str, str, str]  # standard input, output and error
     killed_at: tuple[str, int] | None
+    kills: tuple[str, str, int] | None
     rendered: bool
 
 
@@ -56,7 +58,7 @@ class Command:
     """A command under way. Its output goes to files, so that it never waits for a reader.
 
     `killed_at=(name, n)`: SIGKILL comes when it is about to open a file of that name for the nth
-    time.
+    time. `kills=(kind, name, n)`: then it comes to its oldest actor of that kind.
     """
 
     def __init__(
@@ -66,6 +68,7 @@ class Command:
         env: dict[str, str] | None = None,
         typed: str = "",
         killed_at: tuple[str, int] | None = None,
+        kills: tuple[str, str, int] | None = None,
         rendered: bool = False,
     ):
         self._folder = tempfile.TemporaryDirectory()
@@ -74,7 +77,7 @@ class Command:
         self._out, self._err = files[1:]
         names = (str(files[0]), str(files[1]), str(files[2]))
         words, environment = [str(part) for part in command], os.environ | (env or {})
-        request = _Request(words, str(cwd), environment, names, killed_at, rendered)
+        request = _Request(words, str(cwd), environment, names, killed_at, kills, rendered)
         self._process = CONTEXT.Process(target=_run, args=(request,))
         self._process.start()
         assert self._process.pid is not None
@@ -132,7 +135,10 @@ def _run(request: _Request) -> None:
     if not request.rendered:
         plots.save_figure = timeline.save_figure = _save_nothing
     if request.killed_at:
-        _kill_at(*request.killed_at)
+        _kill_at(*request.killed_at, os.getpid)
+    if request.kills:
+        whom, name, number = request.kills
+        _kill_at(name, number, lambda: actors(whom)[0])
     status: Any = 0
     try:
         if kind == "-m":
@@ -164,11 +170,11 @@ def _save_nothing(figure: Any, path: Path) -> Path:
     return path
 
 
-def _kill_at(name: str, count: int) -> None:
+def _kill_at(name: str, count: int, whom: Callable[[], int]) -> None:
     opened = itertools.count(1)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" and str(arguments[0]).endswith(name) and next(opened) == count:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(whom(), signal.SIGKILL)
 
     sys.addaudithook(hook)

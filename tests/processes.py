@@ -47,8 +47,8 @@ def actors(kind: str, driver: int | None = None) -> list[int]:
     return sorted(pid for pid in descendants(driver or os.getpid()) if title(pid).startswith(f"ray::{kind}"))
 
 
-def wait_until(holds: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE
+def wait_until(holds: Callable[[], object], seconds: float = PATIENCE) -> None:
+    deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
         time.sleep(0.01)

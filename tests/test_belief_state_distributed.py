@@ -7,7 +7,6 @@ whole weights and with sharded ones.
 
 import asyncio
 import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from torch import multiprocessing
+from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranks import Processes, joined_processes
@@ -85,6 +85,8 @@ def one_of_two(rank: int, folder: Path) -> None:
         "WORLD_SIZE": "2",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": ports[0],
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
     }
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
@@ -128,13 +130,11 @@ def recipe_config(log_path: Path) -> recipe.Config:
 def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
     if reason := too_few_gpus(2):
         pytest.skip(reason)
-    folder, start_method = tmp_path_factory.mktemp("two"), CONTEXT.get_start_method()
-    with socket.socket() as first, socket.socket() as second:  # keep the ports from all that do not ask to share them
-        for one in (first, second):
-            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            one.bind(("127.0.0.1", 0))
-        (folder / "ports").write_text(" ".join(str(one.getsockname()[1]) for one in (first, second)))
-        multiprocessing.start_processes(one_of_two, (folder,), 2, start_method=start_method)  # type: ignore[attr-defined]
+    folder = tmp_path_factory.mktemp("two")
+    # The processes meet in a store of this one, as in torchrun's: a port that is chosen, and free, may be taken later.
+    stores = [TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) for _ in range(2)]
+    (folder / "ports").write_text(" ".join(str(store.port) for store in stores))
+    multiprocessing.start_processes(one_of_two, (folder,), 2, start_method=CONTEXT.get_start_method())  # type: ignore[attr-defined]
     return torch.load(folder / "found.pt"), folder
 
 

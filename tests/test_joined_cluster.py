@@ -22,7 +22,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import AdamParams
 from tests.conftest import policy_data
-from tests.processes import PATIENCE, descendants, runs, wait_until
+from tests.processes import descendants, runs, wait_until
 from tests.test_replicas import gap
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed")]
@@ -30,34 +30,36 @@ START = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--num
 # Ray would ask for a token, and give it to this user alone
 ENVIRONMENT = os.environ | {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "RAY_AUTH_MODE": "disabled"}
 
-ADDRESS = r"--address='[\d.]+:(\d+)'"  # as Ray says it, and its port
-
-
-def started(command: list[str], log: Path) -> "subprocess.Popen[bytes]":
-    """A node of Ray. A start that takes a minute, on a busy machine, Ray itself gives up."""
-    for _ in range(5):
-        with log.open("w") as out:
-            node = subprocess.Popen(command, stdout=out, stderr=out, env=ENVIRONMENT)
-        wait_until(lambda node=node: "Ray runtime started" in log.read_text() or node.poll() is not None)
-        if node.poll() is None:
-            return node
-    raise AssertionError(log.read_text())
-
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The cluster's address."""
-    log = tmp_path_factory.mktemp("head") / "log"
-    node = started([*START, "--head", "--port=0", "--include-dashboard=false", "--node-ip-address=127.0.0.1"], log)
-    wait_until(lambda: re.search(ADDRESS, log.read_text()))
-    yield f"127.0.0.1:{re.findall(ADDRESS, log.read_text())[0]}"
-    end(node)
+    options = ["--head", "--port=0", "--include-dashboard=false", "--node-ip-address=127.0.0.1"]
+    node, said = started([*START, *options], tmp_path_factory.mktemp("head") / "log")
+    try:
+        port = re.search(r"--address='[\d.]+:(\d+)'", said)
+        assert port, said
+        yield f"127.0.0.1:{port[1]}"
+    finally:
+        end(node)
+
+
+def started(command: list[str], log: Path) -> "tuple[subprocess.Popen[bytes], str]":
+    """A node, and what it has said. Ray gives one 30 seconds to start, too few on a busy machine: up to three times."""
+    for _ in range(3):
+        with log.open("w") as out:
+            node = subprocess.Popen(command, stdout=out, stderr=out, env=ENVIRONMENT)
+        wait_until(lambda node=node: "will now block" in log.read_text() or node.poll() is not None)
+        if node.poll() is None:
+            break
+    assert node.poll() is None, log.read_text()
+    return node, log.read_text()
 
 
 def end(node: "subprocess.Popen[bytes]") -> None:
     family = descendants(node.pid)
     node.terminate()
-    node.wait(PATIENCE)
+    node.wait(60)
     wait_until(lambda: not any(runs(pid) for pid in family))
 
 
@@ -71,7 +73,7 @@ def second(head: str, tmp_path: Path) -> Iterator[Callable[[str], None]]:
             pytest.skip("mount namespaces need root")
         node = [*START, f"--address={head}", "--node-ip-address=127.0.0.1"]
         command = ["unshare", "-m", "sh", "-c", f'{shell}\nexec "$@"', "sh", *node]
-        nodes.append(started(command, tmp_path / "second.log"))
+        nodes.append(started(command, tmp_path / "second.log")[0])
 
     yield start
     for node in nodes:

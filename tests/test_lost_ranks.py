@@ -2,6 +2,7 @@
 their weights. Without Ray.
 """
 
+import itertools
 import pickle
 import socket
 import threading
@@ -25,6 +26,7 @@ from posttrain.backend.trainer_group import TrainerRanks, _GroupWeights
 from posttrain.backend.trainer_rank import TrainerRank, interface_of
 from posttrain.backend.types import GetInfoResponse
 from posttrain.backend.weight_files import write_shard
+from posttrain.tracking.run_folder import open_run_folder
 
 SILENT = object()
 
@@ -66,6 +68,44 @@ def test_a_process_that_dies_while_others_wait_for_it_is_heard_of_at_once(monkey
         cluster.answers([waits, dies], "the training processes", 600)
     with pytest.raises(EngineError, match="the training processes did not answer within 0.01 seconds"):
         cluster.answers([waits], "the training processes", 0.01)
+
+
+def test_a_rank_that_stands_still_is_named_and_then_ends_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others wait for it in a collective call; torch would end that after half an hour, without a word before."""
+    monkeypatch.setattr(trainer_group, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(trainer_group, "time", SimpleNamespace(monotonic=itertools.count(step=25).__next__))
+    waiting = [Future[Any](), Future[Any]()]
+
+    def pulse(rank: int) -> Future[None]:
+        answered = Future[None]()
+        if rank == 0:
+            answered.set_result(None)
+        return answered
+
+    def kill(rank: int) -> None:
+        if not waiting[rank].done():
+            waiting[rank].set_exception(ProcessLost())
+
+    ranks: Any = object.__new__(TrainerRanks)
+    ranks.cluster = SimpleNamespace(config=BackendConfig(call_seconds=250), pulse=pulse, kill=kill)
+    ranks._lock, ranks._looking, ranks._lost, ranks._silences = threading.Lock(), threading.Lock(), None, {}
+    ranks._handles = [0, 1]
+    with pytest.raises(TrainerLostError, match=r"^training process 1 has not answered for \d+ s \(backend.call_sec"):
+        ranks._outcome(waiting)
+    said = capsys.readouterr().out.splitlines()
+    assert 2 <= len(said) <= 4 and all(line.startswith("WARNING training process 1 has not ans") for line in said)
+
+
+def test_copies_that_torchrun_has_started_are_no_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="torchrun has started this command 2 times.*backend.trainer_processes=2"):
+        open_run_folder(tmp_path / "run", "raise", BackendConfig())
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert open_run_folder(tmp_path / "run", "raise", BackendConfig()).config_file.exists()
 
 
 class WithTwoArguments(Exception):

@@ -7,7 +7,6 @@ processes. A process is killed in each.
 import asyncio
 import os
 import signal
-import threading
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,10 +16,12 @@ import pytest
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.left_behind import FOLDER
+from posttrain.backend.sampler_pool import SamplerPool
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import SamplingParams
+from posttrain.backend.weight_versions import Policy, WeightVersion
 from rl import train
-from tests.processes import PATIENCE, actors, descendants, runs, title, wait_until
+from tests.processes import actors, descendants, runs, title, wait_until
 from tests.test_group_sources import config, metrics
 from tests.test_replicas import PROMPTS, gap, step
 
@@ -34,13 +35,20 @@ BACKEND = BackendConfig(engine="vllm", sampler_replicas=1, tensor_parallel=2, ma
 
 
 def segments() -> set[str]:
-    """Those that no process has mapped, as other runs on this machine have theirs."""
+    """Files in shared memory that no running process has, but this one's."""
     names = {name for name in os.listdir("/dev/shm") if name.startswith(("psm_", "sem.mp", "vllm_", FOLDER))}
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with suppress(OSError):  # it has ended
-            text = maps.read_text(errors="replace")
-            names -= {name for name in names if f"/dev/shm/{name}" in text}
-    return names
+    return {name for name in names if not _is_of_another(name)}
+
+
+def _is_of_another(name: str) -> bool:
+    if name.startswith(FOLDER):
+        pid = int(name.split("-")[-2])
+        return pid != os.getpid() and runs(pid)
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        with suppress(OSError):
+            if f"/dev/shm/{name}" in Path(f"/proc/{pid}/maps").read_text():
+                return True
+    return False
 
 
 def test_a_replica_of_two_processes_follows_the_trainer_and_is_replaced(
@@ -48,7 +56,7 @@ def test_a_replica_of_two_processes_follows_the_trainer_and_is_replaced(
 ) -> None:
     # kernels are compiled, as on a machine's first run: that leaves semaphores in its processes
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-    before = segments()  # of runs that were killed
+    before = segments()  # of other runs on this machine
     with ServiceClient(BACKEND, tmp_path) as service:
         client = service.create_training_client("tiny")
         for _ in range(2):
@@ -59,29 +67,27 @@ def test_a_replica_of_two_processes_follows_the_trainer_and_is_replaced(
         assert len(workers) == 2
         # short: the two wait for each other at every layer, long on a busy machine
         params = SamplingParams(max_tokens=16, seed=3, stop=[])
-        expected = sampler.sample(PROMPTS[0], 2, params).result(PATIENCE).sequences
+        expected = sampler.sample(PROMPTS[0], 2, params).result(300).sequences
         answer = sampler.sample(PROMPTS[0], 2, params)
         os.kill(workers[1], signal.SIGKILL)
-        assert [s.tokens for s in answer.result(PATIENCE).sequences] == [s.tokens for s in expected]
+        assert [s.tokens for s in answer.result(300).sequences] == [s.tokens for s in expected]
         wait_until(lambda: not any(runs(pid) for pid in workers))
     wait_until(lambda: segments() <= before)
 
 
 def test_the_rl_loop_goes_on_when_one_of_two_vllm_replicas_is_killed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    killed: list[int] = []
+    sync = SamplerPool.sync
 
-    def kill() -> None:
-        wait_until(lambda: (tmp_path / "metrics.jsonl").exists() and metrics(tmp_path))
-        killed.append(actors("SamplerActor")[0])
-        os.kill(killed[0], signal.SIGKILL)
+    def sync_and_kill(pool: SamplerPool, policy: Policy, version: WeightVersion) -> None:
+        sync(pool, policy, version)
+        if version.number == 2:  # three batches are to come
+            os.kill(actors("SamplerActor")[0], signal.SIGKILL)
 
-    killer = threading.Thread(target=kill)
-    killer.start()
+    monkeypatch.setattr(SamplerPool, "sync", sync_and_kill)
     backend = chz.replace(BACKEND, sampler_replicas=2, tensor_parallel=1)
     asyncio.run(train.main(config(tmp_path, backend=backend, model_name="tiny", max_steps=5, eval_every=0)))
-    killer.join()
     rows = [row for row in metrics(tmp_path) if "optim/logprob_gap_mean" in row]
     assert len(rows) == 5 and max(row["optim/logprob_gap_mean"] for row in rows) < 1e-5
     assert "sampler replica" in (output := capsys.readouterr().out) and "a replacement starts" in output

@@ -1,10 +1,14 @@
-"""Weights written by several ranks are read whole."""
+"""Weights written by several ranks are read whole, and stay as long as the process that published them."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.left_behind import remove_own, weight_folder
 from posttrain.backend.ranks import Processes, local_rows
 from posttrain.backend.weight_files import FileWeights, read_joined, write_shard
 
@@ -24,3 +28,30 @@ def test_what_ranks_write_is_joined(tmp_path: Path) -> None:
         assert {name: torch.equal(tensor, whole[name]) for name, tensor in weights} == dict.fromkeys(whole, True)
     del weights
     assert not folder.exists()
+
+
+MAKES_A_FOLDER = """
+import sys
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.left_behind import weight_folder
+print(weight_folder(BackendConfig(sync_dir=sys.argv[1])))
+"""
+
+
+def test_folders_of_dead_processes_are_removed_and_those_of_other_containers_are_not(tmp_path: Path) -> None:
+    """Containers may share the host's name and its shared memory, and do not see each other's processes."""
+    config = BackendConfig(sync_dir=str(tmp_path))
+    command = [sys.executable, "-c", MAKES_A_FOLDER, tmp_path]
+    left = Path(subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip())
+    assert left.is_dir()
+    ours = weight_folder(config)
+    assert ours.is_dir() and not left.exists()
+    *start, _, end = ours.name.split("-")
+    elsewhere = ours.rename(tmp_path / "-".join([*start, "999999999", end]))  # no process of this container
+    another = weight_folder(config)
+    assert elsewhere.is_dir() and another.is_dir()
+    remove_own(another)
+    assert not another.exists()
+    remove_own(ours)  # gives the lock back
+    remove_own(weight_folder(config))
+    assert not any(tmp_path.iterdir())

@@ -20,9 +20,16 @@ import torch
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, EngineError
-from posttrain.backend.left_behind import remove, start_keeper, weight_folder
+from posttrain.backend.left_behind import remove_own, start_keeper, weight_folder
 from posttrain.backend.placement import check_gpus, check_placement, gpus_needed
-from posttrain.backend.ray_process import own_processes, ray_running, session_folders, stop_ray, visible_gpus
+from posttrain.backend.ray_process import (
+    SAY_AFTER_SECONDS,
+    own_processes,
+    ray_running,
+    session_folders,
+    stop_ray,
+    visible_gpus,
+)
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -33,7 +40,7 @@ INHERITED = (
 )
 COMPUTES = ("torch", "transformers", "peft", "safetensors", "vllm")  # packages whose versions must be those here
 CHECK_SECONDS = 120.0  # for a node's answer at the start
-SAY_AFTER_SECONDS = 60.0  # a wait says what it waits for
+PULSE = "pulse"  # the thread of an actor that says it is there, also while another call computes
 
 _open: set["Cluster"] = set()
 _lock = threading.RLock()
@@ -75,10 +82,10 @@ class Cluster:
         self, actor: type, *args: Any, bundle: int | None = None, gpus: int = 1, concurrency: int = 10_000, **env: str
     ) -> Any:
         """The handle of a new actor, which may not have started yet. `bundle`: its place among the
-        reserved GPUs, ranks first."""
+        reserved GPUs, ranks first. An actor of `concurrency` 1 has a thread more, for `pulse`."""
         if self.closed:
             raise EngineError("the processes of this service were ended")
-        options: dict[str, Any] = {"num_cpus": 0, "num_gpus": gpus if self._gpus else 0, "max_concurrency": concurrency}
+        options: dict[str, Any] = {"num_gpus": gpus if self._gpus else 0, "max_concurrency": concurrency}
         if self._group is not None and bundle is not None:
             from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
@@ -90,7 +97,12 @@ class Cluster:
                 f"another process needs {gpus} GPUs, and the cluster has {free:g} free: end what uses the others"
             )
         options["runtime_env"] = {"env_vars": self._environment() | env}
-        return self._ray.remote(actor).options(**options).remote(*args)
+        groups: dict[str, Any] = {"concurrency_groups": {PULSE: 1}} if concurrency == 1 else {}
+        return self._ray.remote(num_cpus=0, **groups)(actor).options(**options).remote(*args)
+
+    def pulse(self, handle: Any) -> "Future[None]":
+        """Done when the actor has answered that it is there: its process runs, and is reached."""
+        return future_of(handle.is_there.options(concurrency_group=PULSE).remote())
 
     def put(self, item: Any) -> Any:
         """A reference to `item`, which is serialised once however many processes read it."""
@@ -116,7 +128,7 @@ class Cluster:
 
                 with contextlib.suppress(Exception):
                     remove_placement_group(self._group)
-            remove(self.folder)
+            remove_own(self.folder)
             _stop_ray_if_unused()
             with contextlib.suppress(OSError):
                 self._keeper.communicate(b"closed")

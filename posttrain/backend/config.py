@@ -163,8 +163,8 @@ class BackendConfig:
     call_seconds: float = chz.field(
         default=600.0,
         validator=POSITIVE,
-        doc="seconds after which a replica that has requests but decodes nothing is killed, and that a process may take "
-        "to start",
+        doc="seconds after which a replica that has requests but decodes nothing is killed, and a rank that does not "
+        "answer with all others; and that a process may take to start",
     )
 
 

@@ -4,6 +4,7 @@ semaphores, processes of Ray. A keeper process, which outlives this one, removes
 
 import atexit
 import contextlib
+import fcntl
 import glob
 import inspect
 import multiprocessing
@@ -14,15 +15,21 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import IO
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 
 FOLDER = "posttrain-weights"
+LOCK = "lock"
+
+
+_locks: dict[Path, IO[bytes]] = {}  # of the folders of this process
 
 
 def weight_folder(config: BackendConfig) -> Path:
-    """A new folder, named after this process. Folders of dead processes of this node are removed."""
+    """A new folder, named after this process, which holds its lock. Folders whose process has died, as a
+    free lock says, are removed: a process id may be of another container, which has this host's name."""
     shared_memory = Path("/dev/shm")
     parent = Path(config.sync_dir).expanduser() if config.sync_dir else shared_memory
     if not config.sync_dir and not shared_memory.is_dir():
@@ -31,13 +38,34 @@ def weight_folder(config: BackendConfig) -> Path:
     try:
         parent.mkdir(parents=True, exist_ok=True)
         for folder in parent.glob(f"{prefix}-*-*"):
-            if not Path(f"/proc/{folder.name.split('-')[-2]}").exists():
+            if _is_left(folder):
                 remove(folder)
-        folder = parent / f"{prefix}-{os.getpid()}-{secrets.token_hex(4)}"
-        folder.mkdir()
+        name = f"{prefix}-{os.getpid()}-{secrets.token_hex(4)}"
+        unlocked, folder = parent / f".{name}", parent / name
+        unlocked.mkdir()
+        lock = (unlocked / LOCK).open("wb")
+        with contextlib.suppress(OSError):  # no locks on this file system: nobody will remove it
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        unlocked.rename(folder)
     except OSError as error:
         raise ConfigError(f"weights cannot be published in {parent} (backend.sync_dir): {error}") from error
+    _locks[folder] = lock
     return folder
+
+
+def _is_left(folder: Path) -> bool:
+    try:
+        with (folder / LOCK).open("rb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # held, or nobody can tell
+        return False
+    return True
+
+
+def remove_own(folder: Path) -> None:
+    remove(folder)
+    if lock := _locks.pop(folder, None):
+        lock.close()
 
 
 def remove(folder: "str | Path") -> None:

@@ -141,6 +141,17 @@ def _met(count: int) -> tuple[int, Any]:
     return number, PrefixStore("default_pg", store)
 
 
+def check_no_copies() -> None:
+    """ConfigError where torchrun has started several processes of a command that does not join them: each would
+    be a whole run."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    if "TORCHELASTIC_RUN_ID" in os.environ and count != "1" and not dist.is_initialized():
+        raise ConfigError(
+            f"torchrun has started this command {count} times, and each would be a run of its own: start it without "
+            f"torchrun, with backend.trainer_processes={count}"
+        )
+
+
 @contextmanager
 def joined_processes() -> Iterator[Processes]:
     """The process group of torchrun's variables; without them, one process. Only the first

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -36,9 +36,13 @@ RAY_ENVIRONMENT = {
     # node, with this program, when a busy machine lets it answer late.
     "RAY_memory_monitor_refresh_ms": "0",
     "RAY_health_check_failure_threshold": "1000",
+    # What its processes wait for each other on a busy machine.
     "RAY_gcs_server_port_wait_time_s": "300",
+    "RAY_agent_register_timeout_ms": "300000",
+    "RAY_worker_register_timeout_seconds": "300",
 }
-START_SECONDS = 60.0  # for Ray; ten on a quiet machine
+START_SECONDS = 180.0  # for Ray; ten on a quiet machine
+SAY_AFTER_SECONDS = 60.0  # a wait says what it waits for
 REACH_SECONDS = 10.0  # for a connection to a running cluster
 # What a client of HTTP/2 says first, with empty settings, and the kind of frame that a server answers with.
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
@@ -74,23 +78,30 @@ def ray_running(config: BackendConfig) -> Any:
 
 def _start_here(init: Callable[[], object]) -> threading.Event:
     """As `_in_lasting_thread`, up to three times. Ray gives its node 30 seconds to appear, and its helpers
-    15, too few on a busy machine. Its processes get a session of their own: what a terminal, or a batch
-    system, sends to all processes of the command (SIGHUP, SIGTERM) would end Ray before the run has saved."""
+    15, too few on a busy machine: it has longer, while its processes run. They get a session of their own:
+    what a terminal, or a batch system, sends to all processes of the command (SIGHUP, SIGTERM) would end Ray
+    before the run has saved."""
     from ray._private import services
 
-    def get_node(*arguments: Any, ask: Callable[..., Any] = services.get_node) -> Any:
-        deadline = time.monotonic() + START_SECONDS
-        while True:
-            try:
-                return ask(*arguments)
-            except RuntimeError:
-                if time.monotonic() > deadline:
-                    raise
-                time.sleep(0.5)
-
+    ask, popen = services.get_node, services.ConsolePopen
     for left in (2, 1, 0):
+        started: list[Any] = []
+
+        def get_node(*arguments: Any, started: list[Any] = started) -> Any:
+            deadline = time.monotonic() + START_SECONDS
+            while True:
+                try:
+                    return ask(*arguments)
+                except RuntimeError:
+                    if time.monotonic() > deadline or any(process.poll() is not None for process in started):
+                        raise
+                    time.sleep(0.5)
+
+        def apart(*arguments: Any, started: list[Any] = started, **options: Any) -> Any:
+            started.append(popen(*arguments, start_new_session=True, **options))
+            return started[-1]
+
         try:
-            apart = partial(services.ConsolePopen, start_new_session=True)
             with patch.object(services, "get_node", get_node), patch.object(services, "ConsolePopen", apart):
                 return _in_lasting_thread(init)
         except Exception as error:  # of any type
@@ -132,10 +143,13 @@ def _in_lasting_thread(init: Callable[[], object]) -> threading.Event:
         ended.wait()
 
     threading.Thread(target=run, name="ray", daemon=True).start()
-    try:
-        outcome.result(4 * START_SECONDS)
-    except TimeoutError:
-        raise TimeoutError(f"no answer of Ray in {4 * START_SECONDS:g} seconds") from None
+    began = time.monotonic()
+    while not wait([outcome], SAY_AFTER_SECONDS).done:
+        seconds = time.monotonic() - began
+        if seconds > 4 * START_SECONDS:
+            raise TimeoutError(f"no answer of Ray in {seconds:.0f} seconds")
+        print(f"still waiting for Ray to start after {seconds:.0f} s", flush=True)
+    outcome.result()
     return ended
 
 

@@ -19,6 +19,7 @@ from posttrain.backend.cluster import ProcessLost
 from posttrain.backend.engine import SequenceRequest, refusal
 from posttrain.backend.errors import EngineError
 from posttrain.backend.futures import APIFuture
+from posttrain.backend.ray_process import SAY_AFTER_SECONDS
 from posttrain.backend.routing import Router, SamplingGroup
 from posttrain.backend.spans import Span, Spans
 from posttrain.backend.types import SampleResponse
@@ -79,6 +80,7 @@ class _Place:
     calls: set[_Call] = field(default_factory=set)
     progress: int = 0
     moved: float = 0.0  # when it last decoded, or had nothing to decode
+    said: bool = False  # that it has decoded nothing since
     asked: "Future[int] | None" = None
     span: Span | None = None  # since the last answer, while it has calls
 
@@ -366,7 +368,7 @@ class SamplerPool:
             replica_: Replica | None = None
             try:
                 replica_ = self._start(place.index)
-                _within(replica_.opened(), self._call_seconds, "it has not started")
+                _within(replica_.opened(), self._call_seconds, f"the start of sampler replica {place.index}")
                 self._join(place, replica_)
                 again = False
             except Exception as error:
@@ -390,7 +392,8 @@ class SamplerPool:
         """Loads the newest weights into a replacement, which then serves."""
         with self._syncing:
             if self._weights is not None:
-                _within(replica_.sync(self._number, self._weights), self._call_seconds, "its weights")
+                loaded = replica_.sync(self._number, self._weights)
+                _within(loaded, self._call_seconds, f"the weights in sampler replica {place.index}")
             with self._lock:
                 if self._stopped:
                     replica_.kill()
@@ -425,8 +428,16 @@ class SamplerPool:
                 if asked.result() != place.progress:
                     place.moved = now
                 place.progress = asked.result()
-            if not isinstance(failure, ProcessLost) and now - place.moved > self._call_seconds:
+            still = now - place.moved
+            if not isinstance(failure, ProcessLost) and still > self._call_seconds:
                 failure = ProcessLost(f"it decoded nothing in {self._call_seconds:g} seconds")
+            elif still > SAY_AFTER_SECONDS and not place.said:
+                print(
+                    f"WARNING sampler replica {place.index} has decoded nothing for {still:.0f} s: it is ended after "
+                    f"{self._call_seconds:g} s (backend.call_seconds)",
+                    flush=True,
+                )
+            place.said = still > SAY_AFTER_SECONDS
             if asked is None or asked.done():
                 place.asked = replica_.progress()
         if isinstance(failure, ProcessLost):
@@ -469,9 +480,15 @@ def _num_tokens(response: SampleResponse) -> int:
 
 
 def _within(future: "Future[T]", seconds: float, what: str) -> T:
-    try:
-        return future.result(seconds)
-    except TimeoutError:
-        if future.done():
-            raise
-        raise TimeoutError(f"{what}: no answer in {seconds:g} seconds") from None
+    """TimeoutError after `seconds`; after a minute it says what it waits for."""
+    began = time.monotonic()
+    while True:
+        left = seconds - (time.monotonic() - began)
+        try:
+            return future.result(min(max(left, 0.0), SAY_AFTER_SECONDS))
+        except TimeoutError:
+            if future.done():
+                raise
+            if left <= SAY_AFTER_SECONDS:
+                raise TimeoutError(f"{what}: no answer in {seconds:g} seconds") from None
+        print(f"still waiting for {what} after {time.monotonic() - began:.0f} s", flush=True)

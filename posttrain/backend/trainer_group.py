@@ -5,9 +5,11 @@ to all, TrainerGroup is one of their trainers, with what TrainingClient uses of 
 import itertools
 import pickle
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from posttrain.backend.custom_loss import CustomLoss, run_in_two_passes
 from posttrain.backend.errors import ConfigError, SnapshotMemoryError, TrainerLostError
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.losses import LossFn
+from posttrain.backend.ray_process import SAY_AFTER_SECONDS
 from posttrain.backend.spans import Spans
 from posttrain.backend.trainer_rank import TrainerRank
 from posttrain.backend.types import (
@@ -37,6 +40,7 @@ from posttrain.backend.weight_versions import WeightCopy
 
 # Seconds in which all ranks follow one that raised. Longer, and they wait for it in a collective call.
 FOLLOW_SECONDS = 60.0
+LOOK_SECONDS = 15.0  # between questions whether the ranks of a long call are there
 # Kinds of the calls that are no pass or step.
 SPANS = {"publish": "publish", "save_state": "save", "save_policy": "save", "load_state": "save"}
 
@@ -54,6 +58,8 @@ class TrainerRanks:
         # may not come between.
         self._lock = threading.Lock()
         self._submitting: int | None = None  # the thread that holds the lock
+        self._looking = threading.Lock()
+        self._silences: dict[int, _Silence] = {}  # of each rank, since it was last asked
         count = config.trainer_processes
         self._handles = [
             cluster.start(TrainerRank, rank, count, config, bundle=rank, concurrency=1) for rank in range(count)
@@ -115,19 +121,47 @@ class TrainerRanks:
         return futures
 
     def _outcome(self, futures: Sequence["Future[Any]"]) -> Any:
-        done, pending = wait(futures, return_when=FIRST_EXCEPTION)
-        if pending:
+        if pending := self._pending_after_first_error(futures):
             wait(pending, timeout=FOLLOW_SECONDS)
         errors = {rank: error for rank, future in enumerate(futures) if future.done() and (error := future.exception())}
         if not errors:
             return futures[0].result()
         for rank, error in errors.items():
-            if isinstance(error, ProcessLost):
+            if isinstance(error, ProcessLost):  # it died, or was ended with the others: the reason is known then
                 raise self._lose(f"training process {rank} has died ({error})")
         told = dict.fromkeys(f"{type(error).__name__}: {error}" for error in errors.values())
         if len(errors) < len(futures) or len(told) > 1:
             raise self._lose(f"{len(errors)} of {len(futures)} training processes failed ({'; '.join(told)})")
         raise errors[0]
+
+    def _pending_after_first_error(self, futures: Sequence["Future[Any]"]) -> "set[Future[Any]]":
+        while True:
+            done, pending = wait(futures, LOOK_SECONDS, FIRST_EXCEPTION)
+            if not pending or any(future.exception() for future in done):
+                return pending
+            if self._looking.acquire(blocking=False):  # else another waiting call looks
+                try:
+                    self._look()
+                finally:
+                    self._looking.release()
+
+    def _look(self) -> None:
+        """Names a rank that does not even say that it is there, as one that was stopped or is on a node that cannot
+        be reached: the others wait for it, which torch ends after half an hour. All are ended after `call_seconds`."""
+        limit = self.cluster.config.call_seconds
+        for rank, handle in enumerate(self._handles):
+            silence = self._silences.get(rank)
+            if silence is None or silence.pulse.done():
+                self._silences[rank] = _Silence(self.cluster.pulse(handle), time.monotonic())
+            elif (seconds := time.monotonic() - silence.began) >= limit:
+                self._lose(f"training process {rank} has not answered for {seconds:.0f} s (backend.call_seconds)")
+            elif seconds >= SAY_AFTER_SECONDS * (silence.said + 1):
+                silence.said += 1
+                print(
+                    f"WARNING training process {rank} has not answered for {seconds:.0f} s: it stands still, or its node "
+                    f"cannot be reached. All are ended after {limit:g} s (backend.call_seconds)",
+                    flush=True,
+                )
 
     def _lose(self, reason: str) -> TrainerLostError:
         with self._lock:
@@ -147,6 +181,13 @@ class TrainerRanks:
             self._lost = TrainerLostError("the training processes were ended")
         for handle in self._handles:
             self.cluster.kill(handle)
+
+
+@dataclass
+class _Silence:
+    pulse: "Future[None]"
+    began: float
+    said: int = 0  # times
 
 
 class TrainerGroup:

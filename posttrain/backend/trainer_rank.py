@@ -33,6 +33,9 @@ class TrainerRank:
         if rank:  # all print the same
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
+    def is_there(self) -> None:
+        """Answered also while another call computes, or waits for other ranks."""
+
     def serve_store(self, several_nodes: bool) -> tuple[str, int]:
         """Host and port at which the ranks find each other; the first rank's. The port is bound
         before its number is told."""

@@ -130,10 +130,14 @@ class RunFolder:
 def open_run_folder(path: str | os.PathLike[str], behavior: BehaviorIfExists, config: Any) -> RunFolder:
     """Creates the run folder and its config.json, or applies `behavior` to an existing run.
 
-    ConfigError if the run may not be changed or belongs to another process, if the folder holds
-    something else, or if the settings differ: another model, environment or dataset is always
+    ConfigError if the run may not be changed or belongs to another process, if torchrun has started
+    copies of it, if the folder holds something else, or if the settings differ: another model, environment or dataset is always
     refused; other changes ask in a terminal, and "resume_changed" accepts them.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's
+        from posttrain.backend.ranks import check_no_copies  # with torch
+
+        check_no_copies()
     path = Path(path).expanduser()
     there = _holds_a_run(path)
     try:
