@@ -13,11 +13,13 @@ from typing import Literal
 import chz
 
 from posttrain.backend.errors import ConfigError
+from posttrain.renderers.stream import TokenText
 from posttrain.renderers.turns import decode
 from posttrain.renderers.types import Renderer, Tokenizer
 
 Span = tuple[int, int]  # characters [start, end) of a text
 Malformed = Literal["truncated", "empty", "no_answer"]
+BLOCK = 32  # tokens that are decoded at once
 
 
 @chz.chz
@@ -77,12 +79,41 @@ def split_response(tokens: Sequence[int], renderer: Renderer, form: StepFormat) 
     text, whole = message["content"], decode(renderer.tokenizer, tokens)
     start = whole.find(text)  # a renderer may strip what comes before and after
     spans = form.spans(text)
-    inner = [_tokens_up_to(renderer.tokenizer, tokens, start + end) for _, end in spans[:-1]]
+    inner = _tokens_up_to(renderer.tokenizer, list(tokens), [start + end for _, end in spans[:-1]])
     bounds = [0, *inner, len(tokens)] if spans else [0]
     return StepTokens(list(tokens), form.strings(text), bounds, form.malformed(text, ended))
 
 
-def _tokens_up_to(tokenizer: Tokenizer, tokens: Sequence[int], end: int) -> int:
-    """Number of tokens in the first `end` characters. A token across a border belongs to the step
-    in which it begins."""
-    return bisect_left(range(len(tokens)), end, key=lambda count: len(decode(tokenizer, tokens[:count])))
+def _tokens_up_to(tokenizer: Tokenizer, tokens: list[int], ends: Sequence[int]) -> list[int]:
+    """Number of tokens in the first `end` characters, for each end. A token across a border belongs to the
+    step in which it begins. Blocks are decoded: prefixes would take time with the square of the length."""
+    text, blocks, characters = TokenText(tokenizer), [], 0
+    for start in range(0, len(tokens), BLOCK):
+        before, begins = text.given, start - len(text.waiting)
+        if piece := text.feed(tokens[start : start + BLOCK]):
+            blocks.append(
+                (characters := characters + len(piece), piece, before, tokens[begins : start + BLOCK], begins)
+            )
+    counts = []
+    for end in ends:
+        place = bisect_left(blocks, end, key=lambda block: block[0])
+        if place == len(blocks):  # in half a character at the end
+            counts.append(len(tokens))
+            continue
+        reached, piece, before, block, begins = blocks[place]
+        counts.append(begins + _within(tokenizer, block, before, end - (reached - len(piece)), piece.isascii()))
+    return counts
+
+
+def _within(tokenizer: Tokenizer, block: list[int], before: list[int], end: int, ascii_only: bool) -> int:
+    """Number of a block's tokens in its first `end` characters; `before` are the tokens before it."""
+    if ascii_only:
+        end += len(decode(tokenizer, before))
+        return bisect_left(range(len(block)), end, key=lambda n: len(decode(tokenizer, [*before, *block[:n]])))
+    text, characters = TokenText(tokenizer), 0  # half a character may be read as none, as one or as several
+    text.given = before
+    for n, token in enumerate(block, start=1):
+        characters += len(text.feed([token]))
+        if characters >= end:
+            return n
+    return len(block)

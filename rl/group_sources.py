@@ -115,15 +115,21 @@ class GroupSource:
         groups = self._groups[step]
         size = -(-len(groups) // self.num_minibatches)
         waiting, finished, began = dict(groups), [], time.monotonic()
+        one_more = asyncio.Event()  # asyncio.wait would look at every group again for each that finishes
+        for group in groups.values():
+            group.add_done_callback(lambda _: one_more.set())
         while waiting:
-            done, _ = await asyncio.wait(waiting.values(), timeout=REPORT_SECONDS, return_when=asyncio.FIRST_COMPLETED)
-            if not done:
+            try:
+                async with asyncio.timeout(REPORT_SECONDS):
+                    await one_more.wait()
+            except TimeoutError:
                 print(
                     f"step {step}: {len(waiting)} of {len(groups)} groups unfinished after "
                     f"{time.monotonic() - began:.0f} s",
                     flush=True,
                 )
-            finished += [(p, waiting.pop(p).result()) for p, group in list(waiting.items()) if group.done()]
+            one_more.clear()
+            finished += [(p, waiting.pop(p).result()) for p in [p for p, group in waiting.items() if group.done()]]
             if not waiting:
                 check_failures([group.result() for group in groups.values()], self._limits)
             while len(finished) >= size or (finished and not waiting):

@@ -3,6 +3,7 @@ posttrain-runs lists, compares and deletes.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -187,8 +188,33 @@ def test_clean_keeps_the_last_the_best_and_what_others_begin_with(
         "000001 (best test/env/all/correct 0.9000)" in output and f"000002 ({tmp_path / 'b'} begins with it)" in output
     )
     assert checkpoint_names(tmp_path / "b") == ["000001", "000002"], "the best is 000001, the last 000002"
-    with pytest.raises(ConfigError, match="no metric 'test/nll' was logged; it has test/env/all/correct"):
+    with pytest.raises(ConfigError, match="no metric 'test/nll' was logged there; the runs have test/env/all/correct"):
         runs.main(["clean", str(tmp_path), "metric=test/nll", "delete=true"])
+
+
+# Trap: the first of hundreds of runs that died before an evaluation ends a deletion that has begun.
+def test_clean_leaves_runs_without_the_metric_alone(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    for name in "abcd":
+        run(tmp_path / name, {"000000": 0, "000001": 1, "000002": 2})
+    write(tmp_path / "b/metrics.jsonl", {"step": 0, "other": 1.0})
+    (tmp_path / "c/metrics.jsonl").write_text("damaged\n")
+    runs.main(["clean", str(tmp_path), "metric=test/env/all/correct", "delete=true"])
+    kept = {name: checkpoint_names(tmp_path / name) for name in "abcd"}
+    assert kept["b"] == kept["c"] == ["000000", "000001", "000002"] and kept["a"] == kept["d"] == ["000001", "000002"]
+    output = capsys.readouterr().out
+    assert f"{tmp_path / 'b'}: no metric 'test/env/all/correct' was logged; left alone" in output
+    assert f"{tmp_path / 'c'} is left alone" in output
+
+
+def test_runs_are_not_searched_for_in_what_a_run_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a", "a/rl", "deep/b"):
+        run(tmp_path / name, {"000001": 1})
+        (tmp_path / name / "transcripts/test").mkdir(parents=True)
+    seen = []
+    scandir = os.scandir
+    monkeypatch.setattr(os, "scandir", lambda path: seen.append(Path(path)) or scandir(path))
+    assert runs.find_runs([tmp_path, tmp_path / "a"]) == [tmp_path / name for name in ("a", "a/rl", "deep/b")]
+    assert len(seen) == 7 and not any({"checkpoints", "transcripts"} & {*path.parts} for path in seen)
 
 
 def test_lower_is_better_for_a_loss(tmp_path: Path) -> None:

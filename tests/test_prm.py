@@ -21,18 +21,19 @@ from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
-from posttrain.renderers import get_renderer
+from posttrain.renderers import get_renderer, stream
 from posttrain.renderers.turns import decode
 from posttrain.renderers.types import Renderer
-from preference import train_prm
+from preference import steps, train_prm
 from preference.best_of_n import compare_selections
 from preference.prm import PrmReward, ProcessReward, ProcessRewardModel, StepScores
 from preference.prm_labels import LabelConfig, StepRecord, label_solutions, read_records
 from preference.solutions import Solution, grade, sample_solutions, solution_of
 from preference.step_data import StepExamplesBuilder, step_cross_entropy, step_datum
-from preference.steps import StepFormat, split_response
+from preference.steps import StepFormat, _tokens_up_to, split_response
 from rl.types import TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests.conftest import rounded
+from tests.test_tokenizer_kinds import KINDS, wrapped
 
 LINES = StepFormat(answer_marker="#")
 CHAIN = Chain(34, (7, -8))  # 34+7=41, 41-8=33, #33
@@ -81,6 +82,21 @@ def test_tokens_of_steps_are_located_without_encoding_again(renderer_name: str) 
     ]
     assert pieces[0].lstrip() == "é=1\n" and pieces[1] == "💡=2\n" and pieces[2].startswith("#2")
     assert steps.bounds[-1] == len(sampled)
+
+
+# Trap: the text of every prefix, which is the square of a long solution's tokens.
+@pytest.mark.parametrize("kind", KINDS)
+def test_steps_of_a_long_solution_are_those_of_its_prefixes(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, decoded = wrapped(KINDS[kind]()), []
+    tokens = tokenizer.encode("that is\n日本語 é=1\n💡\n\nyes or no\n " * 20, add_special_tokens=False)
+    whole = decode(tokenizer, tokens)
+    ends = [end for end, letter in enumerate(whole, start=1) if letter == "\n"]
+    monkeypatch.setattr(stream, "decode", lambda *args: decoded.append(len(args[1])) or decode(*args))
+    monkeypatch.setattr(steps, "decode", lambda *args: decoded.append(len(args[1])) or decode(*args))
+    counts = _tokens_up_to(tokenizer, tokens, ends)
+    prefixes = [decode(tokenizer, tokens[:n]) for n in range(len(tokens) + 1)]
+    assert counts == [next(n for n, text in enumerate(prefixes) if text.startswith(whole[:end])) for end in ends]
+    assert len(ends) == 100 and sum(decoded) < 1000 * len(ends)  # ten prefixes for each end would be 5,000
 
 
 def test_what_is_malformed(plain: Renderer) -> None:

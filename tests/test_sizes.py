@@ -14,11 +14,13 @@ from posttrain.backend import prompt_scores
 from posttrain.backend.errors import DataError
 from posttrain.backend.spans import Span
 from posttrain.backend.types import ModelInput
-from posttrain.tracking import progress, transcripts
+from posttrain.tracking import plots, progress, transcripts
 from posttrain.tracking.progress import counted
+from posttrain.tracking.run_folder import RunFolder
 from posttrain.tracking.timeline import Timeline
 from posttrain.tracking.transcripts import TranscriptGroup, TranscriptMember, TranscriptTurn, write_transcripts
 from rl.data_processing import rows_of
+from rl.group_sources import GroupSource
 from rl.ratings import elo_ratings
 from rl.rollout_state import group_from_json, group_to_json
 from rl.rollouts import do_single_rollout
@@ -116,6 +118,54 @@ def test_the_shares_of_a_step_count_all_its_rollouts() -> None:
     shares = timeline.shares(0, 10)
     assert shares["sampling"] == pytest.approx(1) and shares["idle"] == pytest.approx(0)
     assert shares["rollouts_in_flight"] == pytest.approx(rollouts / 10)
+
+
+# Trap: asyncio.wait looks at every group for each that finishes: 8 s of the event loop in a step of 4,096 groups.
+def test_a_step_asks_each_of_its_groups_once_for_its_end() -> None:
+    asked: list[int] = []
+
+    class Counted(asyncio.Future[TrajectoryGroup]):
+        def add_done_callback(self, *args: Any, **keywords: Any) -> None:
+            asked.append(1)
+            super().add_done_callback(*args, **keywords)
+
+    async def body() -> None:
+        source = GroupSource([], 1, 1, num_minibatches=4)  # type: ignore[arg-type]
+        groups = {p: Counted() for p in range(40)}
+        source._groups[0] = {**groups}
+
+        async def finish() -> None:
+            for p in np.random.default_rng(0).permutation(40).tolist():
+                await asyncio.sleep(0.001)
+                groups[p].set_result(TrajectoryGroup([], [], [], tags=[str(p)]))
+
+        finishing = asyncio.create_task(finish())
+        parts = [[int(group.tags[0]) for group in part] async for part in source.minibatches(0)]
+        await finishing
+        assert [len(part) for part in parts] == [10] * 4 and all(part == sorted(part) for part in parts)
+        assert sorted(sum(parts, [])) == [*range(40)] and not source._groups
+
+    asyncio.run(body())
+    assert len(asked) == 40
+
+
+# Trap: all records of a long run at once, gigabytes where it has a million steps.
+def test_a_resume_and_a_plot_of_a_long_run_take_little_memory(tmp_path: Path) -> None:
+    steps, run = 20_000, RunFolder(tmp_path)
+    numbers = json.dumps({f"metric/{i}": i / 7 for i in range(40)})[1:]
+    lines = [f'{{"step": {step}, "optim/loss": {step / 3}, {numbers}\n' for step in range(steps)]
+    run.metrics_file.write_text("".join(lines))
+    peaks, kept = [], {"step", "optim/loss"}
+    tracemalloc.start()
+    run.truncate_metrics(steps - 1)
+    peaks.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.reset_peak()
+    records = plots._records(tmp_path, ["optim/loss", "optim/lr"])
+    peaks.append(tracemalloc.get_traced_memory()[1])
+    tracemalloc.stop()
+    assert run.metrics_file.read_text() == "".join(lines[:-1])
+    assert len(records) == steps - 1 and all(record.keys() == kept for record in records)
+    assert peaks[0] < 1e6 and peaks[1] < 500 * steps  # each of the whole records has 4,000
 
 
 @pytest.mark.parametrize("players", [2, 3, 4, 5, 8, 9, 17])

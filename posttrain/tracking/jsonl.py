@@ -4,9 +4,8 @@ unreadable file is a DataError of one line with file, place and remedy.
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, is_dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +25,11 @@ def read_bytes(path: str | os.PathLike[str], remedy: str = "choose another file"
                 file.seek(max(0, file.seek(0, os.SEEK_END) - last))
             return file.read()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        raise DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {remedy}") from error
+        raise _unreadable(path, error, remedy) from error
+
+
+def _unreadable(path: str | os.PathLike[str], error: Exception, remedy: str) -> DataError:
+    return DataError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error}); {remedy}")
 
 
 def parse_json(text: str | bytes, where: str, remedy: str = "repair or delete it") -> Any:
@@ -53,13 +56,22 @@ def read_json(path: str | os.PathLike[str], remedy: str = "repair or delete it")
 def read_jsonl(path: str | os.PathLike[str], fields: Mapping[str, Any] | None = None) -> list[dict[str, Any]]:
     """The records of a file, [] without one. A torn last line is dropped; any other bad line is a
     DataError. `fields` are required names with their types."""
+    return [record for _, record in lines_and_records(path, fields)]
+
+
+def lines_and_records(
+    path: str | os.PathLike[str], fields: Mapping[str, Any] | None = None
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """As `read_jsonl`, a line at a time: a million records take gigabytes."""
     if not os.path.lexists(path):
-        return []
-    records = []
-    for number, line in enumerate(BytesIO(read_bytes(path, MISSING)), start=1):
-        if line.strip() and line.endswith(b"\n"):  # else it is torn
-            records.append(_record(line, f"{path}:{number}", fields or {}))
-    return records
+        return
+    try:
+        with Path(path).open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip() and line.endswith(b"\n"):  # else it is torn
+                    yield line, _record(line, f"{path}:{number}", fields or {})
+    except OSError as error:
+        raise _unreadable(path, error, MISSING) from error
 
 
 def read_last_records(
@@ -119,18 +131,19 @@ def drop_torn_line(path: Path) -> None:
 def write_jsonl(path: Path, records: Iterable[Any]) -> None:
     """Replaces the file, atomically, by a line for each record, a dict or a dataclass."""
     fields = (asdict(record) if is_dataclass(record) and not isinstance(record, type) else record for record in records)
-    write_atomically(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in fields))
+    write_atomically(path, (f"{json.dumps(record, ensure_ascii=False)}\n".encode() for record in fields))
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
+def write_atomically(path: Path, content: str | bytes | Iterable[bytes]) -> None:
     """Replaces the file's content: readers, and a killed run, see the old file or the new one."""
+    content = content.encode() if isinstance(content, str) else content
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.writelines([content] if isinstance(content, bytes) else content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError:  # the disk is full: remove the partial file
+    except BaseException:  # the disk is full, or the content cannot be made: remove the partial file
         temporary.unlink(missing_ok=True)
         raise

@@ -9,7 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl, read_last_records
+from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, lines_and_records, read_last_records
 from posttrain.tracking.loggers import open_loggers
 from posttrain.tracking.run_folder import RunFolder
 
@@ -49,8 +49,14 @@ class MetricsLog:
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a run folder or a metrics.jsonl, in order, without a torn last line."""
+    return [*each_record(path)]
+
+
+def each_record(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """As `read_metrics`, one at a time, however long the run was."""
     path = Path(path)
-    return read_jsonl(path / "metrics.jsonl" if path.is_dir() else path, {"step": int})
+    lines = lines_and_records(path / "metrics.jsonl" if path.is_dir() else path, {"step": int})
+    return (record for _, record in lines)
 
 
 def read_latest_metrics(run: Path) -> list[dict[str, Any]]:

@@ -7,8 +7,9 @@ of a panel: figures.py.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from posttrain.tracking.figures import (
     save_figure,
     with_width,
 )
-from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.metrics_log import each_record
 from posttrain.tracking.run_folder import RunFolder
 
 # panel title -> its metrics, training first; a panel is drawn if one of them was logged
@@ -73,7 +74,7 @@ DECADES = ("optim/logprob_gap_mean",)  # on a logarithmic axis
 def plot_run(run_folder: RunFolder | str | os.PathLike[str]) -> Path:
     """Draws plots/run.png of a run folder; returns its path. DataError without metrics."""
     folder = run_folder.path if isinstance(run_folder, RunFolder) else Path(run_folder)
-    records = _records(folder)
+    records = _records(folder, {*chain(*PANELS.values()), *TIMES, "time/total"})
     panels = _panels(records)
     times = [key for key in (*TIMES, "time/total") if read_curve(records, key).steps_K]
     if not panels and not times:
@@ -122,12 +123,12 @@ def compare_runs(
 
 def compare_seeds(folders: Mapping[str, Sequence[Path]], out: str | os.PathLike[str], keys: Sequence[str] = ()) -> Path:
     """As `compare_runs`, with the mean of several seeds' runs, and thin curves of each."""
-    runs = {label: [_records(path) for path in seeds] for label, seeds in folders.items()}
-    wanted = keys or dict.fromkeys(key for known in (*PANELS.values(), ("time/total",)) for key in known)
+    wanted = keys or dict.fromkeys([*chain(*PANELS.values()), "time/total"])
+    runs = {label: [_records(path, wanted) for path in seeds] for label, seeds in folders.items()}
     panels = [_panel(key, curves_by_label(runs, key), key) for key in wanted]
     panels = [panel for panel in panels if not panel.empty]
     if missing := [key for key in keys if key not in {panel.title for panel in panels}]:
-        logged = {name for seeds in runs.values() for records in seeds for record in records for name in record}
+        logged = {name for path in chain(*folders.values()) for record in each_record(path) for name in record}
         known = ", ".join(sorted(logged - {"step", "non_finite"}))
         raise ConfigError(f"keys={','.join(missing)}: no such metric in these runs; they have {known}")
     if not panels:
@@ -135,8 +136,10 @@ def compare_seeds(folders: Mapping[str, Sequence[Path]], out: str | os.PathLike[
     return save_figure(draw_panels(panels, shared_legend=True), Path(out))
 
 
-def _records(folder: Path) -> Records:
-    records = read_metrics(folder)
+def _records(folder: Path, names: Iterable[str]) -> Records:
+    """With these metrics alone: all those of a million steps take gigabytes."""
+    kept = ("step", *names)
+    records = [{name: record[name] for name in kept if name in record} for record in each_record(folder)]
     if not records:
         raise DataError(f"{folder}: no metrics there; a run folder has a metrics.jsonl with at least one step")
     return records

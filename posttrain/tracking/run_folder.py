@@ -15,7 +15,7 @@ from typing import Any, Literal
 from posttrain.backend.atomic_folder import recover_folders
 from posttrain.backend.errors import CheckpointError, ConfigError
 from posttrain.tracking.code_diff import append_code_diff
-from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl, write_jsonl
+from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, lines_and_records, read_jsonl, write_atomically
 from posttrain.tracking.run_lock import LOCK_FILE, RunLock, lock_folder
 from posttrain.tracking.settings import (
     MAY_GROW,
@@ -123,8 +123,8 @@ class RunFolder:
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the metrics of `step` and later: a resumed run has an uninterrupted run's metrics."""
-        kept = [record for record in read_jsonl(self.metrics_file, {"step": int}) if record["step"] < step]
-        write_jsonl(self.metrics_file, kept)
+        lines = lines_and_records(self.metrics_file, {"step": int})
+        write_atomically(self.metrics_file, (line for line, record in lines if record["step"] < step))
 
 
 def open_run_folder(path: str | os.PathLike[str], behavior: BehaviorIfExists, config: Any) -> RunFolder:

@@ -9,10 +9,12 @@
 only says what it would delete. The same by `python -m posttrain.tracking.runs`.
 """
 
+import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -21,28 +23,37 @@ from posttrain.backend.errors import ConfigError, CookbookError
 from posttrain.tracking.disk_space import folder_bytes
 from posttrain.tracking.metrics_log import (
     IMPORTANT,
+    each_record,
     format_number,
     last_metrics,
     print_metrics_table,
     read_last_metrics,
     read_latest_metrics,
-    read_metrics,
 )
 from posttrain.tracking.one_line_errors import one_line_errors
 from posttrain.tracking.run_folder import CheckpointRecord, RunFolder
 from posttrain.tracking.run_lock import LOCK_FILE, lock_folder
 from posttrain.tracking.settings import changes, class_name, read_settings
 
+WRITTEN = ("checkpoints", "transcripts", "plots")  # in a run folder
 LOWER_IS_BETTER = ("nll", "loss", "ece", "perplexity", "illegal", "truncated")
 
 
 def find_runs(folders: Sequence[Path]) -> list[Path]:
     """Run folders among and below `folders`, in the order of their paths. ConfigError without any."""
-    found = [file.parent for folder in folders for file in [folder / "metrics.jsonl", *folder.rglob("metrics.jsonl")]]
-    runs = sorted({run.resolve(): run for run in found if (run / "config.json").exists()}.values())
+    found = [run for folder in folders for run in _runs_below(folder)]
+    runs = sorted({run.resolve(): run for run in found}.values())
     if not runs:
         raise ConfigError(f"no run folder (with metrics.jsonl and config.json) in {', '.join(map(str, folders))}")
     return runs
+
+
+def _runs_below(folder: Path) -> Iterator[Path]:
+    """What a run writes may be thousands of files, and is not searched for others."""
+    for path, folders, files in os.walk(folder):
+        if "metrics.jsonl" in files and "config.json" in files:
+            folders[:] = [name for name in folders if name not in WRITTEN]
+            yield Path(path)
 
 
 def list_runs(folders: Sequence[Path]) -> None:
@@ -131,32 +142,45 @@ def clean_runs(folders: Sequence[Path], metric: str = "", delete: str = "false")
         raise ConfigError(f"delete={delete} must be true or false")
     freed, runs = 0, find_runs(folders)
     used_by = {path: run for run in runs for path in _paths_in(_settings(run))}
+    logged_R: dict[Path, set[str]] = {}
     for run in runs:
         try:
-            lock = lock_folder(run)
-        except ConfigError as error:
-            print(f"{error}; left alone")
-            continue
-        folder = RunFolder(run)
-        why = _kept(folder, metric)
-        for record in folder.list_checkpoints():
-            path = record.path.resolve()
-            if path in used_by:
-                why.setdefault(record.path, f"{used_by[path]} begins with it")
-            if record.path in why or not path.is_relative_to(folder.checkpoints.resolve()):
-                continue
-            size = folder_bytes(record.path)
-            freed += size
-            print(f"{'deleted' if delete == 'true' else 'would delete'} {record.path}  {size / 1e6:,.1f} MB")
-            if delete == "true":
-                # renamed first: a killed deletion leaves nothing that looks complete
-                shutil.rmtree(record.path.rename(record.path.with_name(f"{record.path.name}.deleted")))
-        print(f"{run}: keeps {', '.join(f'{path.name} ({reason})' for path, reason in why.items()) or 'nothing'}")
-        lock.close()
+            with closing(lock_folder(run)):
+                logged_R[run], at = _logged(RunFolder(run))
+                if not metric or metric in logged_R[run]:
+                    why = _kept(RunFolder(run), metric or _usual(logged_R[run]), at)
+                    freed += _clean(RunFolder(run), why, used_by, delete == "true")
+                else:
+                    print(f"{run}: no metric {metric!r} was logged; left alone")
+        except CookbookError as error:  # of hundreds of runs one may be in use, or damaged
+            print(f"{error}; {run} is left alone")
+    logged = set[str]().union(*logged_R.values())
+    if metric and logged_R and metric not in logged:
+        near = ", ".join(name for name in IMPORTANT if name in logged) or "none of the usual ones"
+        raise ConfigError(f"no metric {metric!r} was logged there; the runs have {near}")
     if delete == "true":
         print(f"{freed / 1e6:,.1f} MB freed")
     else:
         print(f"{freed / 1e6:,.1f} MB would be freed; nothing was deleted: delete=true deletes")
+
+
+def _clean(folder: RunFolder, why: dict[Path, str], used_by: Mapping[Path, Path], delete: bool) -> int:
+    """The bytes of the checkpoints that are not among those to keep (`why`), nor among `used_by`."""
+    freed = 0
+    for record in folder.list_checkpoints():
+        path = record.path.resolve()
+        if path in used_by:
+            why.setdefault(record.path, f"{used_by[path]} begins with it")
+        if record.path in why or not path.is_relative_to(folder.checkpoints.resolve()):
+            continue
+        size = folder_bytes(record.path)
+        freed += size
+        print(f"{'deleted' if delete else 'would delete'} {record.path}  {size / 1e6:,.1f} MB")
+        if delete:
+            # renamed first: a killed deletion leaves nothing that looks complete
+            shutil.rmtree(record.path.rename(record.path.with_name(f"{record.path.name}.deleted")))
+    print(f"{folder.path}: keeps {', '.join(f'{path.name} ({reason})' for path, reason in why.items()) or 'nothing'}")
+    return freed
 
 
 def _paths_in(settings: Any) -> set[Path]:
@@ -166,27 +190,34 @@ def _paths_in(settings: Any) -> set[Path]:
     return {Path(settings).expanduser().resolve()} if isinstance(settings, str) and "/" in settings else set()
 
 
-def _kept(folder: RunFolder, metric: str) -> dict[Path, str]:
-    """The folders to keep, each with the reason."""
+def _logged(folder: RunFolder) -> tuple[set[str], dict[int, dict[str, float]]]:
+    """The names of the metrics with values, and step -> those of the steps with a checkpoint. An evaluation
+    before step s is of the checkpoint of step s."""
+    names = set[str]()
+    at: dict[int, dict[str, float]] = {record.step: {} for record in folder.list_checkpoints()}
+    for record in each_record(folder.path):
+        values = {name: value for name, value in record.items() if value is not None}
+        names |= values.keys()
+        if record["step"] in at:
+            at[record["step"]] |= values
+    return names, at
+
+
+def _usual(logged: set[str]) -> str:
+    return next((name for name in IMPORTANT if name.startswith("test/") and name in logged), "")
+
+
+def _kept(folder: RunFolder, metric: str, at: Mapping[int, Mapping[str, float]]) -> dict[Path, str]:
+    """The folders to keep, each with the reason; `at`: step -> its metrics."""
     checkpoints = folder.list_checkpoints()
     why: dict[Path, str] = {record.path: "final" for record in checkpoints if record.name == "final"}
     if checkpoints:
         why.setdefault(checkpoints[-1].path, "last")
-    # an evaluation before step s is of the checkpoint of step s
-    records = read_metrics(folder.path)
-    logged = {name for record in records for name in record if record[name] is not None}
-    if metric and metric not in logged:
-        near = ", ".join(name for name in IMPORTANT if name in logged) or "none of the usual ones"
-        raise ConfigError(
-            f"{folder.path}: no metric {metric!r} was logged; it has {near}. Give folders of one kind of run, or leave metric= out"
-        )
-    name = metric or next((name for name in IMPORTANT if name.startswith("test/") and name in logged), "")
-    values = {record["step"]: record[name] for record in records if record.get(name) is not None} if name else {}
-    scored = [(values[record.step], record) for record in checkpoints if record.step in values]
+    scored = [(at[record.step][metric], record) for record in checkpoints if metric in at[record.step]]
     if scored:
-        sign = -1 if any(word in name for word in LOWER_IS_BETTER) else 1
+        sign = -1 if any(word in metric for word in LOWER_IS_BETTER) else 1
         value, best = max(scored, key=lambda pair: (sign * pair[0], pair[1].step))
-        text = f"best {name} {format_number(value)}"
+        text = f"best {metric} {format_number(value)}"
         why[best.path] = f"{why[best.path]}, {text}" if best.path in why else text
     return why
 
