@@ -36,6 +36,8 @@ FREE = ("", "{}")  # brackets of lists without an order
 PATIENCE = 20.0  # limit by the clock, as a multiple of the limit of processor time
 # the spaces of x + 1, but not those of 1 2 and of 1, 234
 _NO_MEANING = re.compile(r"\s+(?!\d)|(?<![\d,])\s+")
+# the products 2(3) and (2)3, which the parser would take for mixed numbers; not of \sin^2(x)
+_PRODUCT = re.compile(r"(?<![\^_]\d)(?<=[\d)])\s*(?=\()|(?<=\))\s*(?=\d)")
 
 
 def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
@@ -91,6 +93,7 @@ def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
         return False
     if explodes(answer):
         return False
+    gold, answer = (_PRODUCT.sub(r"\\cdot ", text) for text in (gold, answer))
     return _symbolically_equal(gold, answer, seconds)
 
 

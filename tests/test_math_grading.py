@@ -134,6 +134,10 @@ EQUAL = [
     ("12:15 pm", "12:15"),
     ("21:10", r"\frac{21}{10}"),
     ("6ab", "6ba"),
+    ("6", "2(3)"),
+    ("6", "(2)(3)"),
+    (r"\sin^2(x)+2x+2", r"2(x+1)+\sin^2(x)"),
+    ("x(x+1)(x+2)", "(x+2)(x+1)x"),
 ]
 DIFFERENT = [
     ("12", "112"),
@@ -223,6 +227,8 @@ DIFFERENT = [
     ("2:30 a.m.", "2:30 p.m."),
     ("12:15 am", "12:15 pm"),
     ("14:30", "14:30 a.m."),
+    ("5", "2(3)"),
+    ("5", "(2)3"),
 ]
 # What an answer may hold to use up a grader's time; all are wrong at once, whatever the gold answer
 # is.
