@@ -67,6 +67,8 @@ def _vulgar(match: re.Match[str]) -> str:
     return rf"\frac{{{over}}}{{{under}}}"
 
 
+_LETTER_UNITS = {"m": "meter", "g": "gram", "s": "second", "h": "hour", "l": "liter", "L": "liter"}
+
 _REPLACEMENTS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: f"^{{{match[0].translate(_RAISED)}}}"),
     (r"[₀₁₂₃₄₅₆₇₈₉ₙ]+", lambda match: f"_{{{match[0].translate(_LOWERED)}}}"),
@@ -95,7 +97,13 @@ _REPLACEMENTS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\frac\s*(\{[^{}]*\})\s*(\d)", r"\\frac\1{\2}"),
     (r"(?<![A-Za-z])\\?log_\s*(?:(\w)|\{([^{}]*)\})\s*", r"\\log_{\1\2}"),
     (r"(?<![A-Za-z\\])(?:(?<=[(,\[])\s*\+)?(?:∞|\\infty|infinity|inf|oo)(?![A-Za-z])", r"\\infty "),
+    # a unit is upright, a variable is not: 36\pi \text{ m} is 36\pi, 36\pi m is not
+    (
+        r"(?P<before>[\d)}]|\\pi)\s*\\(?:text|mathrm|mbox)\s*\{\s*(?P<letter>[mgshlL])\s*\}",
+        lambda match: f"{match['before']} {_LETTER_UNITS[match['letter']]} ",
+    ),
     (r"\\(?:text|textbf|mathrm|mbox|mathbf|textit)\s*\{([^{}]*)\}", r" \1 "),
+    (r"(?i)(?<=\d)\s*([ap])(?:m\b|\.\s?m\b\.?)", r" \1m"),
     (r"\{,\}", ","),
     (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°|\\degree\b", " degrees "),
     (r"\\?%", " percent "),
@@ -125,12 +133,19 @@ class Quantity(NamedTuple):
 
 _DECIMAL = r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
 _POWER_OF_TEN = r"[eE](?P<e>[+-]?\d{1,3})|\s*(?:\\times|\\cdot|[×·*x])\s*10\s*\^\s*(?:\{\s*(?P<e2>[+-]?\d{1,3})\s*\}|(?P<e3>[+-]?\d{1,3}))"
+# 6xy and 6 xy are products and no numbers: a unit of few letters is one that is known
+_SHORT_UNIT = (
+    r"(?i:[ckm]m|[km]g|ml|ft|in|yds?|mi|lbs?|oz|hrs?|secs?|mins?|[ap]m|mph|kmh|usd)(?![A-Za-z])"
+    r"|(?<=\s)(?:sq|cu|dm|[cd]l|m[sL]|[kMGT]B|k?Hz|k[WJN])(?![A-Za-z])"
+)
 _QUANTITY = re.compile(
     rf"(?P<sign>[+-]?)\s*(?P<currency>\\?\$|[€£])?\s*(?P<sign2>-?)\s*(?:"
     rf"(?:(?P<whole>\d+)\s*)?\\frac\s*\{{\s*(?P<fn>{_DECIMAL})\s*\}}\s*\{{\s*(?P<fd>{_DECIMAL})\s*\}}"
     rf"|(?:(?P<whole2>\d+)\s+)?(?P<n>{_DECIMAL})\s*/\s*(?P<d>{_DECIMAL})"
     rf"|(?P<decimal>{_DECIMAL})(?:{_POWER_OF_TEN})?)"
-    rf"\s*(?:(?P<after>\\?\$|[€£])|(?P<unit>[A-Za-z]{{2,}}(?:[ /-][A-Za-z]+){{0,2}}(?:\s?\^?\s?\{{?[23]\}}?)?))?\.?"
+    rf"\s*(?:(?P<after>\\?\$|[€£])|(?P<unit>"
+    rf"(?:(?<=\s)[mgshlL](?:/(?:s|h|min))?(?![\w/])|(?:{_SHORT_UNIT}|(?<=\s)[A-Za-z]{{3,}}|[A-Za-z]{{4,}})(?:[ /-][A-Za-z]+){{0,2}})"
+    rf"(?:\s?\^?\s?\{{?[23]\}}?)?))?\.?"
 )
 _UNIT_OF_CURRENCY = {"$": "dollar", "\\$": "dollar", "€": "euro", "£": "pound", None: ""}
 # A number before these words is no quantity: they change its value or say that it is not the answer.
@@ -177,8 +192,62 @@ def _value_and_unit(text: str) -> tuple[str, str]:
     return (text[: match.start()], _bare_unit(match[1])) if match and match.start() else (text, "")
 
 
+_UNIT_NAMES = {
+    other: name
+    for name, others in {
+        "meter": "m metre",
+        "centimeter": "cm centimetre",
+        "millimeter": "mm millimetre",
+        "kilometer": "km kilometre",
+        "gram": "g",
+        "kilogram": "kg",
+        "liter": "l litre",
+        "milliliter": "ml millilitre",
+        "pound": "lb",
+        "ounce": "oz",
+        "second": "s sec",
+        "minute": "min",
+        "hour": "h hr",
+        "foot": "ft feet",
+        "inch": "in inche",
+        "yard": "yd",
+        "mile": "mi",
+        "dollar": "usd",
+    }.items()
+    for other in others.split()
+}
+
+
 def _bare_unit(unit: str) -> str:
-    return re.sub(r"\s*\^\s*|[{}]", "", unit.lower()).removesuffix("s")
+    """One name of a unit: meter for m and metres, meter2 for m^2 and square meters."""
+    if not unit:
+        return ""
+    match = re.fullmatch(
+        r"(?P<area>square |sq\.? )?(?P<volume>cubic |cu\.? )?(?P<name>.*?)\W*(?P<power>[23]?)\W*", unit.lower()
+    )
+    assert match
+    name = match["name"] if match["name"] == "s" else match["name"].removesuffix("s")
+    power = "2" if match["area"] else "3" if match["volume"] else match["power"]
+    return _UNIT_NAMES.get(name, name) + power
+
+
+_TIME = re.compile(r"(?P<hour>\d?\d)(?::(?P<minute>[0-5]\d))?(?: (?P<half>[ap])m)?", re.IGNORECASE)
+
+
+def same_time(gold: str, answer: str) -> bool | None:
+    """2:30 p.m. against 14:30 and 2:30, normalised; None unless both are times and one has a.m. or p.m."""
+    times = [_TIME.fullmatch(text) for text in (gold, answer)]
+    found = [time for time in times if time and (time["minute"] or time["half"]) and int(time["hour"]) <= 24]
+    halves = [time for time in found if time["half"]]
+    if len(found) < 2 or not halves or not all(1 <= int(time["hour"]) <= 12 for time in halves):
+        return None
+    clocks = [(int(time["hour"]) % (12 if time["half"] else 24), int(time["minute"] or 0)) for time in found]
+    minutes = [
+        60 * hour + minute + 720 * ((time["half"] or "") in ("p", "P"))
+        for time, (hour, minute) in zip(found, clocks, strict=True)
+    ]
+    known = all(time["half"] or not 1 <= int(time["hour"]) <= 12 for time in found)
+    return (minutes[0] - minutes[1]) % (1440 if known else 720) == 0
 
 
 def _fraction(decimal: str) -> Fraction:

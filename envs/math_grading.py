@@ -3,7 +3,8 @@ r"""Decides whether two answers are equal, never by substring. The first rule th
 1. The same text after math_answers.normalise.
 2. Two numbers, exactly, as fractions: 1,000 = 1000.0; 1/2 = \frac12 = 0.5; 1/3 is not 0.333. Units
   are compared where both have one: 5 cm = 5, but not 5 km; 50% = 50; 36\pi cm^3 = 36\pi. 1011_2 is neither 1011 nor 11.
-  Ratios, as math_verify has them: 3:4 = 6:8 = 3/4. Times of day: 2:30 is not 1:15, 10:00 not 10.
+  5 m is 5, and 5m a product, as 6xy is. Ratios, as math_verify has them: 3:4 = 6:8 = 3/4. Times of day:
+  2:30 is neither 1:15 nor 1/15, 10:00 not 10; 2:30 p.m. = 14:30, and = 2:30, like a unit.
 3. Inequalities and intervals, by their ends: x>3 is (3,\infty).
 4. Lists and tuples by element, with the same brackets; the order is free in braces or without
   brackets. 1,234 is a number, 1, 234 a list.
@@ -21,18 +22,22 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
+from math import gcd
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from envs.math_answers import MAX_ANSWER_CHARS, normalise, numeral, quantity, without_units
+from envs.math_answers import MAX_ANSWER_CHARS, normalise, numeral, quantity, same_time, without_units
 from envs.math_intervals import Solution, inequality, intervals
 from envs.math_limits import explodes
 from envs.problem import GraderError
 
 DEFAULT_SECONDS = 5.0
+FREE = ("", "{}")  # brackets of lists without an order
 PATIENCE = 20.0  # limit by the clock, as a multiple of the limit of processor time
 # the spaces of x + 1, but not those of 1 2 and of 1, 234
 _NO_MEANING = re.compile(r"\s+(?!\d)|(?<![\d,])\s+")
+# the products 2(3) and (2)3, which the parser would take for mixed numbers; not of \sin^2(x)
+_PRODUCT = re.compile(r"(?<![\^_]\d)(?<=[\d)])\s*(?=\()|(?<=\))\s*(?=\d)")
 
 
 def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
@@ -54,12 +59,14 @@ def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
         if any(in_ten):
             return is_equal(in_ten[0] or gold, in_ten[1] or answer, seconds)
         return gold_numeral == other_numeral
+    if (same := same_time(gold, answer)) is not None:
+        return same
     gold_ratio, ratio = _ratio(gold), _ratio(answer)
     if gold_ratio and ratio:
         return _proportional(gold_ratio, ratio)
     if terms := gold_ratio or ratio:
-        if len(terms) > 2 or terms[1].startswith("0"):
-            return False
+        if len(terms) > 2 or terms[1].startswith("0") or (_may_be_time(terms) and gcd(*map(int, terms)) > 1):
+            return False  # 2:30 is a time and not 1/15; 21:10 may be a ratio
         gold, answer = (gold.replace(":", "/"), answer) if gold_ratio else (gold, answer.replace(":", "/"))
     gold_number, number = quantity(gold), quantity(answer)
     if gold_number and number:
@@ -86,6 +93,7 @@ def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
         return False
     if explodes(answer):
         return False
+    gold, answer = (_PRODUCT.sub(r"\\cdot ", text) for text in (gold, answer))
     return _symbolically_equal(gold, answer, seconds)
 
 
@@ -105,6 +113,22 @@ async def is_equal_async(gold: str, answer: str, seconds: float = DEFAULT_SECOND
     if len(answer) > MAX_ANSWER_CHARS or (quantity(gold) and quantity(answer)):
         return is_equal(gold, answer)
     return await asyncio.get_running_loop().run_in_executor(_THREAD, is_equal, gold, answer, seconds)
+
+
+def canonical(answer: str) -> str:
+    """One text for answers that are equal by rules 1 to 5, without units, so 1/2 for 0.5; of other
+    expressions the notation is normalised, and no more."""
+    text = normalise(answer)
+    if match := _ASSIGNMENT.fullmatch(text):
+        text = match[1].strip()
+    if number := quantity(text):
+        return str(number.value)
+    sequence = _sequence(text)
+    if sequence and not _names_several(sequence):
+        items, free = [canonical(item) for item in sequence.items], sequence.brackets in FREE
+        left, right = ("", "") if free else sequence.brackets
+        return left + ", ".join(sorted(items) if free else items) + right
+    return _bare_words(text) if is_words(text) else _NO_MEANING.sub("", text)
 
 
 def check_gold(gold: str, seconds: float = DEFAULT_SECONDS) -> bool:
@@ -194,12 +218,11 @@ def _closes_at_end(text: str) -> bool:
 
 
 def _sequences_equal(gold: Items, answer: Items, seconds: float) -> bool:
-    free = {"", "{}"}
     if len(gold.items) != len(answer.items):
         return False
-    if not {gold.brackets, answer.brackets} <= free or _names_several(gold) != _names_several(answer):
+    if not (gold.brackets in FREE and answer.brackets in FREE) or _names_several(gold) != _names_several(answer):
         pairs = zip(gold.items, answer.items, strict=True)
-        kinds = ["" if items.brackets in free else items.brackets for items in (gold, answer)]
+        kinds = ["" if items.brackets in FREE else items.brackets for items in (gold, answer)]
         return kinds[0] == kinds[1] and all(is_equal(g, a, seconds) for g, a in pairs)
     left = list(answer.items)
     for item in gold.items:

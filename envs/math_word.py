@@ -15,7 +15,7 @@ from typing import Literal
 import chz
 
 from envs.math_answers import AnswerStyle, extract_answer, quantity
-from envs.math_grading import DEFAULT_SECONDS, TooCostly, check_gold, is_equal_async
+from envs.math_grading import DEFAULT_SECONDS, TooCostly, canonical, check_gold, is_equal_async
 from envs.problem import Grader, Problem, ProblemSet, Split
 from envs.problem_env import ProblemSetBuilder
 from posttrain.backend.errors import ConfigError, DataError
@@ -49,6 +49,9 @@ class MathGrader(Grader):
 
     async def is_right(self, answer: str, gold: str) -> bool:
         return await is_equal_async(gold, answer, self.seconds)
+
+    def vote(self, answer: str) -> str:
+        return canonical(answer)
 
     def shown(self, text: str) -> str:
         return extract_answer(text, self.styles) or "(none)"

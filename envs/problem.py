@@ -26,7 +26,7 @@ class GraderError(RolloutError):
 
 @dataclass(frozen=True)
 class Grade:
-    """A verdict. `answer` None: the format is wrong. `credit` replaces `correct` as reward."""
+    """A verdict. `answer`: the text by which samples vote; None: the format is wrong. `credit` replaces `correct` as reward."""
 
     answer: str | None
     correct: bool
@@ -48,9 +48,13 @@ class Grader:
         """Raises GraderError if the comparison fails."""
         return answer in (gold, gold.strip())  # a file's line break is no part of the answer
 
+    def vote(self, answer: str) -> str:
+        """The text that stands for all answers equal to `answer`: of it maj@k counts the votes."""
+        return answer
+
     async def grade(self, text: str, gold: str) -> Grade:
         answer = self.extract(text)
-        return Grade(answer, answer is not None and await self.is_right(answer, gold))
+        return Grade(None, False) if answer is None else Grade(self.vote(answer), await self.is_right(answer, gold))
 
     def shown(self, text: str) -> str:
         """The answer as the transcript shows it."""
@@ -87,6 +91,8 @@ class Problem:
         grade = await self.grader.grade(text, self.gold)
         metrics = {"format": float(grade.answer is not None and not truncated), "correct": float(grade.correct)}
         logs = {"gold": self.gold} | ({"extracted": self.grader.shown(text)} if self.grader.has_answer else {})
+        if grade.answer is not None and grade.answer != logs.get("extracted", grade.answer):
+            logs["vote"] = grade.answer
         value = float(grade.correct) if grade.credit is None else grade.credit
         return value, metrics | grade.metrics | self.grader.describe(text), logs | grade.logs
 

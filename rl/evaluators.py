@@ -61,8 +61,8 @@ class SamplesEvaluator:
     for each k, with `..._stderr` over problems. `ks` None means the powers of two up to
     `num_samples`.
 
-    pass@k and maj@k need the metric `correct` in the last turn; maj@k also the log `extracted` (no
-    answer where the metric `format` is 0). best@k is the best total reward. A problem with fewer
+    pass@k and maj@k need the metric `correct` in the last turn; maj@k also the log `extracted`, or
+    `vote`, the same text for equal answers (no answer where the metric `format` is 0). best@k is the best total reward. A problem with fewer
     than k rollouts left is out of the metrics at k; `samples_lost` counts lost rollouts.
     """
 
@@ -188,11 +188,11 @@ def is_correct(trajectory: Trajectory) -> bool | None:
 
 
 def answer(trajectory: Trajectory) -> str | None:
-    """The log `extracted` of the last turn; None where the format was wrong or there is no turn."""
+    """The log `vote` of the last turn, or else `extracted`; None where the format was wrong or there is no turn."""
     if not trajectory.transitions:
         return None
     last = trajectory.transitions[-1]
-    return last.logs.get("extracted", "").strip() if last.metrics.get("format", 1.0) else None
+    return last.logs.get("vote", last.logs.get("extracted", "")).strip() if last.metrics.get("format", 1.0) else None
 
 
 def merged(groups: Sequence[TrajectoryGroup]) -> TrajectoryGroup:

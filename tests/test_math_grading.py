@@ -10,7 +10,7 @@ import pytest
 
 from envs import math_grading
 from envs.math_answers import extract_answer, quantity
-from envs.math_grading import WORKER, check_gold, is_equal, is_equal_async
+from envs.math_grading import WORKER, canonical, check_gold, is_equal, is_equal_async
 from envs.math_limits import explodes
 from envs.problem import GraderError
 from rl.types import RolloutError
@@ -116,6 +116,28 @@ EQUAL = [
     ("5", "5 pounds of flour"),
     ("30", "30 sec"),
     ("(1,2)", "(1;2)"),
+    ("5", "5 m"),
+    ("5", r"5\text{ m}"),
+    ("5", r"5\,\mathrm{m}^2"),
+    ("5 m", "5 metres"),
+    ("5 meters", "5 metres"),
+    ("10 feet", "10 ft"),
+    (r"10\text{ cm}^2", "10 square centimeters"),
+    ("5 hours", "5 h"),
+    ("5", "5 m/s"),
+    (r"36\pi", r"36\pi \text{ m}^2"),
+    ("14:30", "2:30 p.m."),
+    ("2:30 p.m.", "14:30"),
+    ("2:30", "2:30 PM"),
+    ("8:00 a.m.", "8 am"),
+    ("12:15 am", "0:15"),
+    ("12:15 pm", "12:15"),
+    ("21:10", r"\frac{21}{10}"),
+    ("6ab", "6ba"),
+    ("6", "2(3)"),
+    ("6", "(2)(3)"),
+    (r"\sin^2(x)+2x+2", r"2(x+1)+\sin^2(x)"),
+    ("x(x+1)(x+2)", "(x+2)(x+1)x"),
 ]
 DIFFERENT = [
     ("12", "112"),
@@ -188,6 +210,25 @@ DIFFERENT = [
     ("5", "5 at least"),
     ("5", "5 remainder two"),
     ("5", "5 out of ten"),
+    ("5", "five"),  # as in math_verify; a policy learns numerals from the reward
+    ("5", "5m"),
+    ("5m", "5"),
+    ("5", "5 x"),
+    ("5 m", "5 g"),
+    ("5 m", "5 m^2"),
+    ("6", "6xy"),
+    ("6xy", "6"),
+    ("6ab", "6"),
+    ("36\\pi", "36\\pi h"),
+    ("2:30", "1/15"),
+    ("1/15", "2:30"),
+    ("14:30", "2:30"),
+    ("14:30", "2:30 a.m."),
+    ("2:30 a.m.", "2:30 p.m."),
+    ("12:15 am", "12:15 pm"),
+    ("14:30", "14:30 a.m."),
+    ("5", "2(3)"),
+    ("5", "(2)3"),
 ]
 # What an answer may hold to use up a grader's time; all are wrong at once, whatever the gold answer
 # is.
@@ -355,6 +396,21 @@ def test_extraction(text: str, expected: str | None):
 def test_extraction_takes_only_the_styles_asked_for():
     assert extract_answer("the answer is 3\n#### 4", ["hash"]) == "4"
     assert extract_answer("the answer is 3", ["hash", "boxed"]) is None
+
+
+def votes(*answers: str) -> int:
+    return len({canonical(answer) for answer in answers})
+
+
+def test_equal_answers_are_one_vote():
+    assert votes("1/2", "0.5", r"\frac12", ".50", "x = 0.5", "50/100 m") == 1
+    assert votes("1,234", "$1234.00", "1234 dollars") == 1
+    assert votes("1, 2", "2 and 1", r"\{2,1\}", "2.0, 1") == 1
+    assert votes("(1,2)", "( 1, 4/2 )") == 1 and votes("Monday", r"\text{monday}", "(monday).") == 1
+    assert (
+        votes("(1,2)", "(2,1)", "1,2", "[1,2]", "12", "-12", "12%", "1.2") == 7
+    )  # 12% has the vote of 12, as it is equal to it
+    assert votes("x=1, y=2", "2, 1") == votes("6xy", "6") == votes("Mon", "Tue") == 2
 
 
 def test_units_that_change_the_value_are_no_units():

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 
 from envs.arithmetic import ArithmeticBuilder
+from envs.math_word import MathGrader
+from envs.problem import Problem
 from posttrain.backend.errors import ConfigError
 from posttrain.renderers import get_renderer
-from rl.evaluators import SamplesEvaluator, sample_metrics
+from rl.evaluators import SamplesEvaluator, answer, sample_metrics, sample_values
 from rl.sample_metrics import best_at_k, maj_at_k, majority, mean_and_stderr, pass_at_k
 from rl.types import ModelInput, RolloutError, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 
@@ -98,6 +100,19 @@ def test_metrics_of_groups_by_hand():
     assert metrics["test/env/all/pass@3"] == metrics["test/env/all/best@3"] == 1.0
     assert metrics["test/env/all/maj@3"] == 1.0  # x is no answer; 7 came before 8
     assert metrics["test/env/all/pass@1_stderr"] == pytest.approx(np.std([2 / 3, 1 / 3, 1], ddof=1) / np.sqrt(3))
+
+
+# Trap: three of five samples say a half, as texts each has one vote.
+def test_samples_vote_by_equal_answers_and_not_by_texts():
+    problem = Problem("Half of one?", "1/2", MathGrader())
+    turns = []
+    for text in (r"\boxed{3}", r"\boxed{\frac12}", r"\boxed{3}", r"\boxed{0.5}", r"\boxed{.50}"):
+        value, metrics, logs = asyncio.run(problem.scored(text, truncated=False))
+        turn = Transition(ModelInput.from_ints([5]), TokensWithLogprobs([6], [-1.0]), value, True, metrics, logs)
+        turns.append(Trajectory([turn]))
+    assert [answer(turn) for turn in turns] == ["3", "1/2", "3", "1/2", "1/2"]
+    assert turns[3].transitions[0].logs["extracted"] == "0.5", "the transcript has it as it was written"
+    assert sample_values([TrajectoryGroup(turns, [0.0] * 5, [{}] * 5)], [5])["maj@5"] == [1.0]
 
 
 def test_evaluator_on_a_policy(torch_service):
