@@ -67,11 +67,14 @@ ROUNDING = rounded(3e-6)
 SAMPLER_GAP = {"cpu": 1e-4, "cuda": LIMITS["cuda", "float32"].mean}[DEVICE]
 # Mean |dlogp| of sampler and trainer in a command's process, which computes in bf16 on a GPU.
 GAP_OF_A_COMMAND = {"cpu": 1e-4, "cuda": BF16_LIMIT.mean}[DEVICE]
+# vLLM has no kernels for adapters beside fp32 weights on a GPU: the settings of a test of them, and the largest |dlogp|.
+BESIDE_VLLM: dict[str, Any] = {"cpu": {}, "cuda": {"dtype": "bfloat16"}}[DEVICE]
+GAP_BESIDE_VLLM = {"cpu": SAMPLER_GAP, "cuda": 0.5}[DEVICE]  # the latter a guess: of random models the mean is 0.01
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what cannot run here. First comes what takes longest, so that the workers end together."""
-    skipped = {"cpu_only": "bits are promised on a CPU only"} if torch.cuda.is_available() else {}
+    skipped = {"cpu_only": "a CPU's bits, or what its vLLM refuses"} if torch.cuda.is_available() else {}
     skipped |= {} if vllm_is_installed() else {"needs_vllm": NO_VLLM}
     skipped |= {"cluster": reason} if (reason := too_few_gpus(4)) else {}
     for item in items:

@@ -6,9 +6,10 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # as conftest.py, which is imported later
 
-from posttrain.backend import vllm_settings
+from posttrain.backend import alarms, vllm_settings
 from tests.pretend_gpu import pretend_gpu
 
 vllm_settings.vllm_is_installed = lambda: False
+alarms.START_TOKENS["cuda"] = alarms.START_TOKENS["cpu"]  # here attention computes every pair of tokens
 ENTERED = pretend_gpu()  # kept: collected, it would end
 ENTERED.__enter__()

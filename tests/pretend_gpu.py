@@ -306,8 +306,8 @@ def pretend_gpu() -> Iterator[None]:
         "is_bf16_supported": True, "synchronize": None, "empty_cache": None, "memory_allocated": 0, "_lazy_init": None,
         "max_memory_allocated": 0, "memory_reserved": 0, "max_memory_reserved": 0, "reset_peak_memory_stats": None,
         "get_rng_state_all": [torch.zeros(16, dtype=torch.uint8)], "set_rng_state_all": None, "set_device": None,
-        "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None,
-        "current_stream": stream, "default_stream": stream, "is_initialized": True,
+        "get_rng_state": torch.zeros(16, dtype=torch.uint8), "set_rng_state": None, "manual_seed_all": None,
+        "current_stream": stream, "default_stream": stream, "is_initialized": True, "is_current_stream_capturing": False,
     }  # fmt: skip
 
     def in_thread(thread: threading.Thread) -> None:
@@ -330,7 +330,9 @@ def pretend_gpu() -> Iterator[None]:
         stack.enter_context(patch("torch.autograd.has_torch_function", lambda *_: False))
         stack.enter_context(patch.object(torch.Tensor, "backward", torch.autograd.backward))
         stack.enter_context(patch.object(torch.amp, "is_autocast_available", lambda device: True))
-        stack.enter_context(patch.object(torch, "compile", lambda function, **_: function))
+        stack.enter_context(
+            patch.object(torch, "compile", lambda function=None, **_: function or (lambda other: other))
+        )
         stack.enter_context(patch("posttrain.backend.attention._flex", lambda query: _flex))
         stack.enter_context(patch("torch.nn.attention.varlen.varlen_attn", _varlen))
         stack.enter_context(_Gpu())

@@ -16,7 +16,7 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import SampleResponse, SamplingParams
 from tests.calls_in_flight import LONG, held
-from tests.conftest import prompt_of, rounded
+from tests.conftest import SAMPLER_GAP, prompt_of, rounded
 from tests.processes import PATIENCE, wait_until
 
 
@@ -44,7 +44,7 @@ def assert_all_places_are_free(client: SamplingClient) -> None:
 def assert_close(a: SampleResponse, b: SampleResponse) -> None:
     assert [s.tokens for s in a.sequences] == [s.tokens for s in b.sequences]
     for ours, theirs in zip(a.sequences, b.sequences, strict=True):
-        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=rounded(1e-4))
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=SAMPLER_GAP)
 
 
 def test_requests_cancelled_at_random_trouble_nobody_else(sampler: SamplingClient) -> None:
@@ -65,7 +65,7 @@ def test_requests_cancelled_at_random_trouble_nobody_else(sampler: SamplingClien
     async def witness(i: int) -> None:
         await asyncio.sleep(rng.exponential(0.05))
         assert_close(await sampler.sample_async(witnesses[i][0], 2, witnesses[i][1]), alone[i])
-        assert await sampler.compute_logprobs_async(witnesses[0][0]) == pytest.approx(scored, abs=rounded(1e-4))
+        assert await sampler.compute_logprobs_async(witnesses[0][0]) == pytest.approx(scored, abs=SAMPLER_GAP)
 
     async def everything() -> None:
         async with asyncio.TaskGroup() as tasks:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from contextlib import nullcontext
 from pathlib import Path
 from threading import Barrier
 from types import SimpleNamespace
@@ -11,14 +12,18 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
 
-from benchmarks.gpu import first_light
+from benchmarks.gpu import first_light, large_models, train_step
 from benchmarks.gpu.aims import AIMS, Aim, table
 from benchmarks.gpu.checks import Record
 from benchmarks.gpu.half_b_engine import loads
 from benchmarks.gpu.sampling import FIRST, MORE, in_order, summary
 from posttrain.backend import vllm_weights
+from posttrain.backend.models import PRESETS
 from posttrain.backend.vllm_copies import record
+from tests.pretend_gpu import pretend_gpu
 from tests.test_vllm_copies import Loaded, random
 
 
@@ -107,7 +112,7 @@ def test_an_error_ends_a_part_of_a_block(capsys: pytest.CaptureFixture[str]) -> 
     record.figure("second", 2.0)
     record.print()
     found = first_light.last_record(capsys.readouterr().out.splitlines())
-    assert found["first"] == "error: ValueError: for this size" and found["second"] == 2.0
+    assert found["first"] == "error: ValueError: no kernel for this size" and found["second"] == 2.0
     assert not found["passed"] and found["failed"] == ["first"]
 
 
@@ -166,3 +171,27 @@ def test_a_load_is_timed_by_copies_and_by_loaders(monkeypatch: pytest.MonkeyPatc
     loaded = sum(tensor.numel() for name, tensor in random(1) if name != "lm_head")
     assert found["GB"] == pytest.approx((8 * loaded - 2 * 4) / 1e9)
     assert torch.equal(model.up, dict(random(1))["up"].T)
+
+
+def test_training_is_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those settings of `train_step` that are profiled, and `large_models`, on a stand-in."""
+    on_gpu: dict[str, Any] = {"use_device": "cuda", "device_type": DeviceType.CUDA}
+    ranges = {train_step.HEAD: (0, 30), "## Call CompiledFxGraph x ##": (0, 90)}
+    events = [FunctionEvent(1, "nvjet", 7, 10, 20, **on_gpu), FunctionEvent(2, "elementwise", 7, 40, 60, **on_gpu)]
+    events += [FunctionEvent(3, name, 7, *ab, is_user_annotation=True, **on_gpu) for name, ab in ranges.items()]
+    data = train_step.random_data
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: nullcontext(SimpleNamespace(events=lambda: events)))
+    monkeypatch.setattr(train_step, "random_data", lambda rows, length, vocabulary: data(2, 40, vocabulary))
+    monkeypatch.setitem(PRESETS, "qwen2.5-0.5b-shape", PRESETS["micro"])
+    profiled = {title: train_step.VARIANTS[title] for title in train_step.PROFILED}
+    monkeypatch.setattr(train_step, "VARIANTS", profiled)
+    with pretend_gpu():
+        for block in (train_step, large_models):
+            block.main()
+            found = first_light.last_record(capsys.readouterr().out.splitlines())
+            assert found["passed"] and found["device"] == "NVIDIA H200", found
+            for title in profiled if block is train_step else large_models.EIGHT_B:
+                assert found[title]["tokens/s"] > 0
+            for title in profiled if block is train_step else ():
+                kernels = {"head GEMM": 0.01, "body element-wise": 0.02, "launches": 2.0, "head's ranges found": 1}
+                assert kernels.items() <= found[f"{title}: profile"].items()

@@ -1,19 +1,24 @@
 """Out of memory ends a step with the data's sizes and the setting to lower."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import EventList, FunctionEvent
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import OutOfMemoryError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import AdamParams
-from posttrain.tracking.step_profile import kernel_class, kernel_table
+from posttrain.tracking.step_profile import StepProfile, kernel_class, kernel_table
 from tests.conftest import policy_data, trainer_of
 
 ON_GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+IN_CUBLAS = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+IN_TRITON = RuntimeError("Triton Error [CUDA]: out of memory")
 IN_NUMPY = MemoryError("Unable to allocate 745. GiB for an array with shape (100000000000,) and data type float64")
 
 
@@ -24,7 +29,11 @@ def torchs_own() -> RuntimeError:
     return raised.value
 
 
-@pytest.mark.parametrize("error", [ON_GPU, torchs_own(), IN_NUMPY], ids=["gpu", "cpu", "numpy"])
+@pytest.mark.parametrize(
+    "error",
+    [ON_GPU, torchs_own(), IN_NUMPY, IN_CUBLAS, IN_TRITON],
+    ids=["gpu", "cpu", "numpy", "cublas", "triton"],
+)
 def test_a_pass_that_runs_out_of_memory_names_the_setting(
     error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -72,4 +81,26 @@ def test_the_table_of_a_profile_by_hand() -> None:
     assert [line.split() for line in table.splitlines()[1:3]] == [
         ["matrix", "products", "3.00", "75.0%", "2"],
         ["element-wise", "1.00", "25.0%", "1"],
+    ]
+
+
+# Trap: torch gives a kernel's time to its operation as well, and to the compiled graph around it.
+def test_a_gpus_time_is_that_of_its_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    operation = FunctionEvent(1, "aten::mm", 0, 0, 9, use_device="cuda", stack=[])
+    operation.append_kernel("nvjet_tst", 0, 6000)
+    on_gpu: dict[str, Any] = {"use_device": "cuda", "device_type": DeviceType.CUDA, "stack": []}
+    kernels = [FunctionEvent(n, "nvjet_tst", 7, 9000 * n, 9000 * n + 3000, **on_gpu) for n in range(2)]
+    graph = FunctionEvent(4, "## Call CompiledFxGraph x ##", 7, 0, 12000, is_user_annotation=True, **on_gpu)
+    events = EventList([operation, *kernels, graph], use_device="cuda")
+    events._build_tree()
+    averages = events.key_averages()
+    recorded = SimpleNamespace(start=print, stop=print, export_chrome_trace=print, key_averages=lambda: averages)
+    monkeypatch.setattr(torch.profiler, "profile", lambda **_: recorded)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with StepProfile(tmp_path / "profile", 1, 1).step(1):
+        pass
+    table = (tmp_path / "profile" / "kernels.txt").read_text().splitlines()
+    assert [line.split() for line in table[1:] if line and not line.startswith("kernel ")] == [
+        ["matrix", "products", "6.00", "100.0%", "2"],
+        ["nvjet_tst", "6.00", "100.0%", "2"],
     ]

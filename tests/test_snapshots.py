@@ -26,7 +26,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, ModelInput, SamplingParams
 from posttrain.backend.weight_versions import GIB, Weights, WeightVersion
-from tests.conftest import ROOT, policy_data, random_tokens, rounded
+from tests.conftest import ROOT, SAMPLER_GAP, policy_data, random_tokens, rounded
 from tests.processes import PATIENCE
 
 PROMPT = random_tokens(np.random.default_rng(0), 200)  # vLLM caches prefixes of 128 tokens
@@ -97,12 +97,12 @@ def test_three_versions_answer_with_their_own_weights(engine: str, rank: int, re
     for version in range(3):
         sampled, scores = answers[2 * version :: 6], answers[2 * version + 1 :: 6]
         for logprobs in [*scores, [None, *scored(samplers[version])]]:
-            assert logprobs[1:] == pytest.approx(expected[version].tolist(), abs=rounded(1e-4))
+            assert logprobs[1:] == pytest.approx(expected[version].tolist(), abs=SAMPLER_GAP)
         assert len({tuple(s.tokens) for response in sampled for s in response.sequences}) == 2, "as seeded"
     live = client.save_weights_and_get_sampling_client()
-    assert scored(live) == pytest.approx(trained(client, PROMPT).tolist(), abs=rounded(1e-4))
+    assert scored(live) == pytest.approx(trained(client, PROMPT).tolist(), abs=SAMPLER_GAP)
     again, before = samplers[0].sample(prompt, 1, PARAMS).result().sequences[0], answers[0].sequences[0]
-    assert again.tokens == before.tokens and again.logprobs == pytest.approx(before.logprobs, abs=rounded(1e-4))
+    assert again.tokens == before.tokens and again.logprobs == pytest.approx(before.logprobs, abs=SAMPLER_GAP)
 
 
 def test_copies_are_made_for_those_who_keep_a_version_and_go_with_them(torch_service: ServiceClient) -> None:
@@ -155,7 +155,7 @@ def test_weights_that_go_just_before_their_turn_end_their_calls_and_not_the_engi
         patch.setattr(WeightVersion, "load", dropped)
         with pytest.raises(EngineError, match="version 0 are gone"):
             scored(old)
-    assert scored(live) == pytest.approx(trained(client, PROMPT).tolist(), abs=rounded(1e-4))
+    assert scored(live) == pytest.approx(trained(client, PROMPT).tolist(), abs=SAMPLER_GAP)
 
 
 def test_snapshots_outlive_the_training_client(torch_service: ServiceClient) -> None:
@@ -169,7 +169,7 @@ def test_snapshots_outlive_the_training_client(torch_service: ServiceClient) -> 
         del client
         gc.collect()
         before = scored(first)
-        assert scored(second) == pytest.approx(expected.tolist(), abs=rounded(1e-4)) and scored(first) == before
+        assert scored(second) == pytest.approx(expected.tolist(), abs=SAMPLER_GAP) and scored(first) == before
         del first, second
         assert kept_bytes(torch_service) == 0
 
@@ -202,7 +202,7 @@ def test_a_sync_waits_for_calls_that_keep_their_version(vllm_micro: TrainingClie
     again = old.sample(ModelInput.from_ints(PROMPT[:5]), 4, params)
     for before, after in zip(running.result(PATIENCE).sequences, again.result(PATIENCE).sequences, strict=True):
         assert before.tokens == after.tokens, "sampled before the sync, and after it"
-    assert scored(old) == pytest.approx(expected.tolist(), abs=rounded(1e-4)) != scored(live)
+    assert scored(old) == pytest.approx(expected.tolist(), abs=SAMPLER_GAP) != scored(live)
 
 
 # --- several policies of one base model -------------------------------------------------------------
@@ -228,10 +228,10 @@ def test_one_engine_for_adapters_and_folders_of_one_model(shared: ServiceClient)
     folders = [shared.create_sampling_client(model_path=path) for path in saved]
     assert len({sampler._engine for sampler in (*samplers, *folders, base, live)}) == 1
     for sampler, logprobs in zip((*samplers, *folders, base), (*expected, *expected, expected_base), strict=True):
-        assert scored(sampler) == pytest.approx(logprobs.tolist(), abs=rounded(1e-4))
-    assert scored(live) == pytest.approx(expected[0].tolist(), abs=rounded(1e-4)), "the newest that was synced"
+        assert scored(sampler) == pytest.approx(logprobs.tolist(), abs=SAMPLER_GAP)
+    assert scored(live) == pytest.approx(expected[0].tolist(), abs=SAMPLER_GAP), "the newest that was synced"
     adapters[0].save_weights_and_get_sampling_client(follow=True)
-    assert scored(live) == pytest.approx(trained(adapters[0], PROMPT).tolist(), abs=rounded(1e-4))
+    assert scored(live) == pytest.approx(trained(adapters[0], PROMPT).tolist(), abs=SAMPLER_GAP)
 
 
 def test_versions_take_turns_of_bounded_length(torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch) -> None:

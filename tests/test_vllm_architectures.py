@@ -41,6 +41,7 @@ def test_sampled_logprobs_are_the_trainers(service: ServiceClient, family: str, 
         client.close()
 
 
+@pytest.mark.cpu_only
 @pytest.mark.parametrize("family", NOT_WITH_VLLM)
 def test_a_family_that_vllm_cannot_serve_is_refused_when_its_engine_is_opened(
     service: ServiceClient, family: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -55,6 +56,7 @@ def test_a_family_that_vllm_cannot_serve_is_refused_when_its_engine_is_opened(
 
 
 # Trap: vLLM opens an engine for heads of any size, and its kernels fail in the first step.
+@pytest.mark.cpu_only
 def test_a_size_that_kernels_lack_is_refused_when_the_engine_is_opened(service: ServiceClient, tmp_path: Path) -> None:
     folder = save_random_model("Llama 3", tmp_path / "model")
     config = AutoConfig.from_pretrained(folder)

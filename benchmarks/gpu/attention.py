@@ -16,6 +16,7 @@ from benchmarks.gpu.checks import Record
 from benchmarks.gpu.timing import attempt, milliseconds, peak_gib, relative
 from posttrain.backend.attention import TreeMask, attend, dense_mask, tree_mask
 from posttrain.backend.config import compute_dtype, training_device
+from posttrain.tracking.step_profile import is_kernel
 
 HEADS, KV_HEADS, HEAD_DIM, ANSWERS = 14, 2, 64, 8
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -120,7 +121,7 @@ def kernel_names(run: Callable[[], object]) -> list[str]:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
         torch.cuda.synchronize()
-    found = sorted(profile.key_averages(), key=lambda event: -event.device_time_total)
+    found = sorted(filter(is_kernel, profile.key_averages()), key=lambda event: -event.device_time_total)
     return [f"{event.key[:60]} {event.device_time_total / 1e3:.2f}" for event in found[:3]]
 
 

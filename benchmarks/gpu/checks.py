@@ -41,10 +41,16 @@ class Record:
         try:
             yield
         except Exception as error:  # whatever a kernel, a compiler or an engine raises
-            traceback.print_exc(file=sys.stderr)
-            lines = str(error).strip().splitlines() or [""]
-            self.figure(name, f"error: {type(error).__name__}: {lines[-1][:200]}")
-            self.holds(name, False)
+            self.error(name, error)
+
+    def error(self, name: str, error: Exception) -> str:
+        """The figure `name`, which does not hold. The cause is on the first line of CUDA's errors, and on a later one
+        of a compiler's."""
+        traceback.print_exception(error, file=sys.stderr)
+        text = f"error: {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        self.figure(name, text)
+        self.holds(name, False)
+        return text
 
     def print(self) -> None:
         print(json.dumps(self._record), flush=True)

@@ -82,8 +82,7 @@ def attempt(record: Record, name: str, measure: Callable[[], Any]) -> Any:
     except (torch.OutOfMemoryError, OutOfMemoryError):  # the second, of a trainer's pass or step
         value = f"does not fit: out of memory at {peak_gib():.1f} GiB"
     except Exception as error:  # whatever a kernel or a compiler raises: the other figures are still wanted
-        value = f"error: {type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1][:200]}"
-        record.holds(name, False)
+        return record.error(name, error)
     value = {key: rounded(part) for key, part in value.items()} if isinstance(value, dict) else value
     record.figure(name, value)
     print(f"{name}: {value} [{time.perf_counter() - start:.1f} s]", file=sys.stderr, flush=True)

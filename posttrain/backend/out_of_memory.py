@@ -10,8 +10,9 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import OutOfMemoryError
 from posttrain.backend.types import Datum
 
-# of a RuntimeError: a CPU's on Linux and macOS, a CPU's on Windows, Apple's GPU's
-TEXTS = ("can't allocate memory", "not enough memory", "MPS backend out of memory")
+# of a RuntimeError: a CPU's on Linux and macOS, a CPU's on Windows, that of Apple's GPU, of CUDA's driver and of
+# Triton, and cuBLAS's
+TEXTS = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def explained(data_D: Sequence[Datum], config: BackendConfig) -> AbstractContextManager[None]:

@@ -51,6 +51,7 @@ from posttrain.backend.vllm_weights import (
 # time.
 _computing = threading.Lock()
 _live_engines: set["VllmEngine"] = set()
+_allocators: list[Any] = []  # of vLLM's memory that sleeps
 MOST_LISTED = 2**22  # logprobs of one prompt that vLLM lists as Python numbers, some 100 bytes each
 # As vLLM sets it from Hopper on: cuBLAS then does not divide the sums of a product.
 NO_SPLIT_SUMS = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
@@ -78,7 +79,7 @@ class VllmEngine:
         self._device, self._dtype = device, compute_dtype(device, config)
         self._vocabulary = hf_config.get_text_config().vocab_size
         self._checkpoint_form = CheckpointForm(hf_config)
-        self._asleep, self._serves_adapters = False, lora_room > 0
+        self._sleeps, self._asleep, self._serves_adapters = config.sleep_while_training, False, lora_room > 0
         self._base: weakref.ref[Any] | None = None  # whose weights the engine has, under adapters
         self._borrower: weakref.ref[SharedBase] | None = None  # reads this engine's weights in its passes
         self._adapter: Any = None  # vLLM's LoRARequest, while there is one
@@ -262,7 +263,13 @@ class VllmEngine:
         from vllm.distributed import cleanup_dist_env_and_memory
 
         _live_engines.discard(self)
+        pools = _memory_that_sleeps()
         if hasattr(self, "_engine"):
+            if self._asleep:  # memory that is not there cannot be given back
+                torch.cuda.empty_cache()
+                with contextlib.suppress(RuntimeError):  # no room: it stays as it is
+                    self._engine.wake_up()
+                    self._asleep = False
             # vLLM's shutdown destroys the parallel state of all engines in the process: only the
             # last may call it.
             cleanup = _no_cleanup if _live_engines else cleanup_dist_env_and_memory
@@ -272,10 +279,24 @@ class VllmEngine:
             del self._engine
         gc.collect()
         if self._device.type == "cuda":
+            if not self._asleep and not any(engine._sleeps for engine in _live_engines):
+                pools.clear()  # vLLM 0.24 keeps them, and refuses the next engine that sleeps
             torch.cuda.empty_cache()
 
 
 def _no_cleanup() -> None: ...
+
+
+def _memory_that_sleeps() -> dict[str, Any]:
+    """vLLM's pools of it. Their allocators stay until the process ends: torch asks them for memory when a pool's
+    last tensor is gone, and would call one that is gone, too."""
+    module = sys.modules.get("vllm.device_allocator.cumem")
+    if not module or not module.CuMemAllocator.instance:
+        return {}
+    pools: dict[str, Any] = module.CuMemAllocator.instance.allocator_and_pools
+    for pairs in pools.values():  # of 0.24, one pair
+        _allocators.extend(allocator for _, allocator in (pairs if isinstance(pairs, list) else [pairs]))
+    return pools
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from transformers import PretrainedConfig
 
 from posttrain.backend.architectures import experts_per_token
-from posttrain.backend.errors import CookbookError, EngineError, ModelError
+from posttrain.backend.errors import ConfigError, CookbookError, EngineError, ModelError
 
 OLDEST_ON_CPU = Version("0.32.0")
 USE_TORCH = "backend.engine=torch samples with torch instead"
@@ -45,6 +45,11 @@ def refusal(error: Exception, hf_config: PretrainedConfig) -> CookbookError:
     if "failed to be inspected" in details and (cause := _import_error(hf_config)):
         error, details = cause, str(cause)
     details = details.partition(" Supported architectures:")[0]  # a list of hundreds
+    if "one instance per process" in details:  # of the allocator of memory that sleeps
+        return ConfigError(
+            "backend.sleep_while_training=true is for one vLLM engine in the process, and another is open: leave it "
+            "out, or close the clients of the other first"
+        )
     reason = f"{details.strip().splitlines()[0] if details.strip() else ''} ({type(error).__name__})".rstrip(".")
     if isinstance(error, torch.OutOfMemoryError) or "memory" in details.lower() or "KV cache" in details:
         hint = "lower backend.max_num_seqs, backend.max_length or backend.sampler_memory_gb, or close other engines"

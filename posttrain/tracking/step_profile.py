@@ -7,9 +7,11 @@ operations.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch._C._profiler import _ExperimentalConfig
+from torch.autograd import DeviceType
 
 # parts of names; the first class that fits
 CLASSES = {
@@ -59,9 +61,16 @@ class StepProfile:
         spent = {
             event.key: (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count)
             for event in profiler.key_averages()
+            if is_kernel(event) or not on_gpu
         }
         (self._folder / "kernels.txt").write_text(kernel_table(spent, self._profiled))
         print(f"profile of {self._profiled} steps: {self._folder}", flush=True)
+
+
+def is_kernel(event: Any) -> bool:
+    """Of a GPU. torch's profiler gives a kernel's time to the operation that launched it, too, and to the
+    ranges around it that have a name, such as a compiled graph."""
+    return event.device_type != DeviceType.CPU and not event.is_user_annotation
 
 
 def kernel_class(name: str) -> str:
