@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification
 
 from posttrain.backend.adapters import is_plain, open_merged
@@ -94,6 +94,16 @@ def test_an_adapter_of_a_reward_model_is_named(base: Path, tmp_path: Path) -> No
     adapted.save_pretrained(str(tmp_path))
     with pytest.raises(CheckpointError, match="score.weight: it is a reward model or a classifier of transformers"):
         open_merged(tmp_path, 0)
+
+
+def test_an_adapter_beside_an_embedding_with_added_tokens_is_named(base: Path, tmp_path: Path) -> None:
+    of_peft(base, tmp_path / "adapter", {"target_modules": Q, "modules_to_save": ["embed_tokens"]})
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    name = next(name for name in tensors if "embed_tokens" in name)
+    tensors[name] = torch.cat([tensors[name], tensors[name][:4]])
+    save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="of shape .264, 128., .* one of .260, 128.* resize the base"):
+        open_merged(tmp_path / "adapter", 0)
 
 
 def test_an_adapter_of_mlx_is_named(base: Path, tmp_path: Path) -> None:

@@ -344,7 +344,16 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
         raise CheckpointError(
             f"{path} is a LoRA adapter with layer_replication: layers share their weights, and merged it would change each"
         )
-    copies = _copies_of_base(path, model.state_dict())
+    own = model.state_dict()
+    for name, shape in saved.items():
+        layer = own.get(name.removeprefix(IN_PEFT))
+        if ".lora_" not in name and layer is not None and tuple(layer.shape) != shape:
+            raise CheckpointError(
+                f"{path} holds {name} of shape {shape}, and its base model {base} has one of {tuple(layer.shape)}, as where "
+                "tokens were added: resize the base (resize_token_embeddings), merge the adapter into it with peft, and "
+                "give the merged folder as the model"
+            )
+    copies = _copies_of_base(path, own)
     head: Any = model.get_output_embeddings()
     tied = head.weight if head is not None and head.weight is model.get_input_embeddings().weight else None
     try:
