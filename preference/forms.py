@@ -20,7 +20,7 @@ from preference.comparisons import (
     TranscriptBuilder,
     read_each,
 )
-from preference.rows import SPEAKER
+from preference.rows import is_transcript
 from preference.types import Comparison, LabeledComparison
 from supervised.forms import check_meaning, has, names_of, one_form, print_form, unknown
 from supervised.rows import SYSTEM, Fields, Row
@@ -95,7 +95,7 @@ def _chosen_rejected(fields: Fields) -> Form:
         return CHOSEN
     if not isinstance(fields["chosen"], str):
         return QUESTION if has(fields, ("question",)) and not _is_whole(fields["chosen"]) else CONVERSATIONS
-    if SPEAKER.match("\n\n" + fields["chosen"].lstrip("\n")):
+    if is_transcript(fields["chosen"]):
         return TRANSCRIPTS
     if has(fields, ("question",)):
         return QUESTION

@@ -26,6 +26,9 @@ from preference.steps import Malformed, StepFormat, StepTokens, split_response
 from rl.types import RolloutError
 from supervised.rows import read_rows
 
+# in its sets with stepwise supervision
+OF_TRL = {"prompt": "input", "completions": "output", "labels": "label"}
+
 
 @dataclass(frozen=True)
 class StepRecord:
@@ -133,11 +136,12 @@ def _digest(text: str) -> str:
 
 
 def read_records(path: str | Path) -> list[StepRecord]:
-    """The records of a prm-v4 file of any project. DataError names the malformed line."""
+    """The records of a prm-v4 file of any project, or of one with TRL's names. DataError names the malformed line."""
     records = []
     for where, fields in read_rows(path):
         try:
-            records.append(_record(dict(fields)))
+            of_trl = OF_TRL if fields.keys() >= OF_TRL.keys() else {}
+            records.append(_record({of_trl.get(name, name): value for name, value in fields.items()}))
         except DataError as error:
             raise DataError(f"{where}: {error}") from error
     return records

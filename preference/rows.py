@@ -37,9 +37,22 @@ def labeled(fields: Fields, label_field: str = "label") -> LabeledComparison:
 
 
 def chosen_rejected(fields: Fields, prompt_field: str, chosen_field: str, rejected_field: str) -> LabeledComparison:
-    """Answers with a prompt field, or whole conversations that begin with the same prompt."""
+    """Answers with a prompt field, or whole conversations that begin with the same prompt. A prompt that is a
+    transcript (HH) is read as its turns."""
+    prompt = fields.get(prompt_field)
+    sides = [side for name in (chosen_field, rejected_field) if isinstance(side := fields.get(name), str)]
+    if isinstance(prompt, str) and is_transcript(prompt) and len(sides) == 2:
+        begun = prompt if prompt.rstrip().endswith("Assistant:") else f"{prompt}\n\nAssistant: "
+        wholes = [side if side.lstrip().startswith(prompt.strip()) else begun + side for side in sides]
+        return LabeledComparison(_cut_where_they_part(*(_turns({"": whole}, "") for whole in wholes)), "A")
     chosen, rejected = messages(fields, chosen_field, "assistant"), messages(fields, rejected_field, "assistant")
     if chosen and rejected and "assistant" not in (chosen[0]["role"], rejected[0]["role"]):
+        asked = messages(fields, prompt_field, "user") if isinstance(prompt, list) else []
+        if asked != chosen[: len(asked)]:
+            raise DataError(
+                f"the messages in {prompt_field!r} are not those that {chosen_field!r} begins with: keep one of them, "
+                f"or leave {prompt_field!r} out"
+            )
         return LabeledComparison(_cut_where_they_part(chosen, rejected), "A")
     return LabeledComparison(Comparison(messages(fields, prompt_field, "user"), chosen, rejected), "A")
 
@@ -47,6 +60,11 @@ def chosen_rejected(fields: Fields, prompt_field: str, chosen_field: str, reject
 def transcripts(fields: Fields, chosen_field: str, rejected_field: str) -> LabeledComparison:
     """Two texts like "\\n\\nHuman: hi\\n\\nAssistant: hello" (Anthropic's HH and HHH)."""
     return LabeledComparison(_cut_where_they_part(_turns(fields, chosen_field), _turns(fields, rejected_field)), "A")
+
+
+def is_transcript(text: str) -> bool:
+    """Whether a text begins with the turn of a speaker, as those of HH."""
+    return SPEAKER.match("\n\n" + text.lstrip("\n")) is not None
 
 
 def _turns(fields: Fields, name: str) -> list[Message]:

@@ -38,10 +38,14 @@ ELSEWISE = {
     "functions": "write them as 'tools'",
     "function_call": "write it as 'tool_calls' of a message",
     "chat_template_kwargs": "give its options to all rows, as renderer_name=chat_template:NAME=VALUE",
-    "images": "leave rows with images out",
-    "videos": "leave rows with videos out",
-    "audios": "leave rows with sound out",
+    **dict.fromkeys(("image", "images"), "leave rows with images out"),
+    **dict.fromkeys(("video", "videos"), "leave rows with videos out"),
+    **dict.fromkeys(("audio", "audios"), "leave rows with sound out"),
 }
+# Beside a question that is a text, a part of it.
+QUESTIONS, PART_OF_QUESTION = ("prompt", "question", "instruction"), ("context", "input", "choices", "options")
+# Where they are true or false: whether an answer is good (KTO; the second is LLaMA-Factory's).
+IS_GOOD = ("label", "kto_tag")
 
 SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
 
@@ -157,12 +161,19 @@ def read_row(fields: Fields) -> list[Message] | str:
     if isinstance(found, str):  # whole, whatever stands beside it
         return found
     check_meaning(fields, (*form.fields, *form.also), form.name)
+    if marks := [name for name in IS_GOOD if isinstance(fields.get(name), bool)]:
+        raise DataError(
+            f"the field {marks[0]!r} marks answers as good and bad, and all are trained on here: keep the good ones, "
+            "without the field"
+        )
     return after_system(system_of(fields), found)
 
 
 def check_meaning(fields: Fields, are_read: Sequence[str], form: str) -> None:
     """DataError for a field that is not read and changes what the row means."""
-    for name, remedy in ELSEWISE.items():
+    asked = next((name for name in QUESTIONS if name in are_read and isinstance(fields.get(name), str)), None)
+    part = f"write it into {asked!r}, or leave it out of the rows if it is no part of that"
+    for name, remedy in (ELSEWISE | dict.fromkeys(PART_OF_QUESTION if asked else (), part)).items():
         if name not in are_read and fields.get(name):
             raise DataError(f"the field {name!r} would change what is trained on, and is not read in {form}: {remedy}")
 

@@ -19,7 +19,15 @@ Fields = Mapping[str, Any]
 Row = tuple[str, Fields]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # 0 or false in an assistant's message: it is read, and not trained on (OpenAI, ShareGPT, Axolotl)
-MARKS = ("weight", "loss", "train")
+MARKS = ("weight", "loss", "train", "training")
+# Fields of a message that change what is trained on, and what to do.
+NOT_READ = {
+    "function_call": "write it as 'tool_calls', a list",
+    "tool_plan": "write it as 'reasoning_content'",
+    **dict.fromkeys(
+        ("train_detail", "training_detail"), "whole messages are trained on or not: mark them with 'train'"
+    ),
+}
 WRITTEN = ("role", "content", "parts", "name", "tool_call_id")  # what renderers read of a message, but for marks
 SYSTEM = ("system", "system_prompt")
 
@@ -103,8 +111,9 @@ def conversation(fields: Fields, name: str) -> list[Message]:
     messages = [_given(message) for message in _field(fields, name, list)]
     trained = [is_trained(message, f"{name}[{i}]") for i, message in enumerate(messages)]
     for i, message in enumerate(messages):
-        if isinstance(message, dict) and message.get("function_call"):
-            raise DataError(f"{name}[{i}] has a 'function_call': write it as 'tool_calls', a list")
+        for field, remedy in NOT_READ.items():
+            if isinstance(message, dict) and message.get(field):
+                raise DataError(f"{name}[{i}] has a {field!r}: {remedy}")
         of_api = ("tool_calls", *THINKING_KEYS)
         if isinstance(message, dict) and (
             any(message.get(key) for key in of_api) or isinstance(message.get("content"), list)

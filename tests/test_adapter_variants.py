@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForSequenceClassification
 
 from posttrain.backend.adapters import is_plain, open_merged
 from posttrain.backend.errors import CheckpointError, ModelError
@@ -77,6 +78,31 @@ def test_an_adapter_is_merged_to_what_peft_computes(name: str, base: Path, tmp_p
 def test_layers_that_share_their_weights_are_refused(base: Path, tmp_path: Path) -> None:
     of_peft(base, tmp_path / "adapter", {"target_modules": Q, "layer_replication": [[0, 2], [1, 2]]})
     with pytest.raises(CheckpointError, match="with layer_replication: layers share their weights"):
+        open_merged(tmp_path / "adapter", 0)
+
+
+# Trap: peft's fast PiSSA takes a random part from the base, another one each time an adapter is opened.
+def test_an_adapter_whose_base_is_drawn_anew_is_refused(base: Path, tmp_path: Path) -> None:
+    of_peft(base, tmp_path / "adapter", {"target_modules": Q, "init_lora_weights": "pissa_niter_4"})
+    with pytest.raises(CheckpointError, match="init_lora_weights=pissa_niter_4.*path_initial_model_for_weight_conv"):
+        open_merged(tmp_path / "adapter", 0)
+
+
+def test_an_adapter_of_a_reward_model_is_named(base: Path, tmp_path: Path) -> None:
+    scored: Any = AutoModelForSequenceClassification.from_pretrained(base, num_labels=1)
+    adapted = get_peft_model(scored, LoraConfig(r=4, task_type="SEQ_CLS", target_modules=Q))
+    adapted.save_pretrained(str(tmp_path))
+    with pytest.raises(CheckpointError, match="score.weight: it is a reward model or a classifier of transformers"):
+        open_merged(tmp_path, 0)
+
+
+def test_an_adapter_beside_an_embedding_with_added_tokens_is_named(base: Path, tmp_path: Path) -> None:
+    of_peft(base, tmp_path / "adapter", {"target_modules": Q, "modules_to_save": ["embed_tokens"]})
+    tensors = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    name = next(name for name in tensors if "embed_tokens" in name)
+    tensors[name] = torch.cat([tensors[name], tensors[name][:4]])
+    save_file(tensors, tmp_path / "adapter/adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match="of shape .264, 128., .* one of .260, 128.* resize the base"):
         open_merged(tmp_path / "adapter", 0)
 
 

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.errors import ConfigError
+from posttrain.backend.errors import CheckpointError, ConfigError, ModelError
 from posttrain.backend.models import read_model
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import AdamParams, LoraConfig
@@ -23,8 +24,9 @@ from posttrain.tracking import export, runs
 from posttrain.tracking.run_folder import RunFolder
 from tests import commands
 from tests.architectures import save_random_model
-from tests.conftest import policy_data
+from tests.conftest import policy_data, rounded
 from tests.jsonl_files import write
+from tests.test_scalar_model import scalar_data, scalars, train
 
 TOKENS = torch.tensor([[5, 9, 77, 30, 8]])
 
@@ -114,6 +116,35 @@ def test_an_adapter_is_merged_or_stays_alone(folders: dict[str, Path], tmp_path:
     card = (alone / "README.md").read_text()
     assert "library_name: peft" in card and 'PeftModel.from_pretrained(base, "alone")' in card
     assert 'AutoModelForCausalLM.from_pretrained("micro")' in card
+
+
+# Trap: an adapter of a reward model that is merged without its head; a card that calls it a language model.
+@pytest.mark.parametrize(("lora", "merge"), [(None, True), (LoraConfig(rank=4), True), (LoraConfig(rank=4), False)])
+def test_a_reward_model_is_exported_with_its_head(
+    lora: LoraConfig | None, merge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = save_random_model("Llama 3", tmp_path / "base")
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
+        client = service.create_scalar_client(str(base), lora)
+        train(client, range(2))
+        path, expected = client.save_state("reward").result().path, scalars(client)
+        out = export.main(export.Config(model=path, out=str(tmp_path / "out"), merge=merge))
+        opened = service.create_scalar_client_from_state(str(out))
+        assert np.allclose(scalars(opened), expected, atol=rounded(1e-6)) and expected.any()
+        again = service.create_scalar_client_from_state(opened.save_state("again").result().path)
+        assert np.allclose(scalars(again), expected, atol=rounded(1e-6))
+        for use in (service.create_sampling_client, service.create_training_client_from_state):
+            with pytest.raises((CheckpointError, ModelError), match="create_scalar_client_from_state"):
+                use(str(out))
+    card = (out / "README.md").read_text()
+    assert "A language model" not in card and "text-generation" not in card
+    names: dict[str, Any] = {}
+    monkeypatch.chdir(tmp_path)
+    exec(re.findall(r"```python\n(.*?)```", card, re.DOTALL)[0], names)
+    tokens = torch.tensor([scalar_data(4, 99)[0].model_input.to_ints()])
+    with torch.no_grad():
+        shown = names["numbers"](tokens)[0].numpy()
+    assert np.allclose(shown, expected[: tokens.shape[1]], atol=rounded(1e-5))
 
 
 def test_the_card_has_figures_and_no_folder_of_this_machine(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import SampleResponse, SamplingParams
 from tests.calls_in_flight import LONG, held
-from tests.conftest import SAMPLER_GAP, prompt_of, rounded
+from tests.conftest import SAMPLER_GAP, prompt_of
 from tests.processes import PATIENCE, wait_until
 
 

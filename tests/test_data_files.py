@@ -99,6 +99,10 @@ SHAREGPT = [{"from": "human", "value": "2+3="}, {"from": "gpt", "value": "5"}]
             "system Add.; user 2+3=; assistant 5; user 2+3=; assistant [5;]",
         ),
         (
+            {"messages": [USER, {**ASSISTANT, "training": False}, USER, ASSISTANT]},
+            "user 2+3=; assistant 5; user 2+3=; assistant [5;]",
+        ),
+        (
             {"conversations": [SHAREGPT[0], {**SHAREGPT[1], "loss": False}, *SHAREGPT]},
             "user 2+3=; assistant 5; user 2+3=; assistant [5;]",
         ),
@@ -139,6 +143,26 @@ def test_fields_that_change_what_is_trained_on_are_read(row: dict[str, Any], exp
         ({"messages": [USER, {**ASSISTANT, "weight": 0}]}, "last_assistant_message", "marked as not trained on"),
         ({"messages": [USER, {**ASSISTANT, "weight": 0}, USER, ASSISTANT]}, "all_tokens", "marked as not trained on"),
         ({"messages": [USER, {**ASSISTANT, "function_call": {"name": "f"}}]}, "all_assistant_messages", "tool_calls"),
+        ({"messages": [USER, {**ASSISTANT, "tool_plan": "Add."}]}, "all_assistant_messages", "as 'reasoning_content'"),
+        ({"messages": [USER, {**ASSISTANT, "train_detail": [{}]}]}, "all_assistant_messages", "mark them with 'train'"),
+        ({"messages": [USER, ASSISTANT], "image": "a.png"}, "all_assistant_messages", "leave rows with images out"),
+        # of LLaMA-Factory and TRL: a bad answer is an answer, too
+        (
+            {"conversations": SHAREGPT, "label": False},
+            "all_assistant_messages",
+            "'label' marks answers as good and bad",
+        ),
+        ({"instruction": "a", "output": "b", "kto_tag": False}, "all_assistant_messages", "'kto_tag' marks answers"),
+        *(
+            (
+                {first: "a", second: "b", name: "c"},
+                "all_assistant_messages",
+                f"{name!r} would .* write it into {first!r}",
+            )
+            for first, second in (("prompt", "completion"), ("question", "answer"), ("instruction", "output"))
+            for name in ("context", "choices", "options", "input")
+            if (first, name) != ("instruction", "input")
+        ),
     ],
 )
 def test_fields_that_change_what_is_trained_on_and_cannot_be_read_are_refused(
@@ -146,6 +170,11 @@ def test_fields_that_change_what_is_trained_on_and_cannot_be_read_are_refused(
 ):
     with pytest.raises(DataError, match=complaint):
         trained_on(row, TrainOnWhat(what))
+
+
+def test_fields_of_those_names_that_change_nothing_are_passed_over():
+    for fields in ({"label": 3}, {"context": "from a forum"}, {"input": ""}, {"image": None}):
+        assert trained_on({"messages": [USER, ASSISTANT], **fields}) == "user 2+3=; assistant [5;]"
 
 
 def test_builders_with_named_fields_read_the_system_field_and_the_marks(tmp_path: Path):
@@ -249,6 +278,7 @@ def test_rows_of_another_form_than_the_first_are_named(tmp_path: Path):
         FileBuilder(path=path, batch_size=1)(PLAIN)
 
 
+HH = "\n\nHuman: 2+3=\n\nAssistant:"
 PAIR = ([USER], [ASSISTANT], [{"role": "assistant", "content": "6"}])
 
 
@@ -265,6 +295,14 @@ PAIR = ([USER], [ASSISTANT], [{"role": "assistant", "content": "6"}])
             ],
             "chosen and rejected transcripts",
             PAIR,
+        ),
+        *(
+            (
+                [{"prompt": prompt, "chosen": f"{begun} 5", "rejected": f"{begun} 6"}],
+                "chosen and rejected",
+                PAIR,
+            )
+            for prompt, begun in ((HH, ""), (HH, HH), ("Human: 2+3=", ""))
         ),
         (
             [{"chosen": "The sky is blue.", "rejected": "The sky is black."}],
@@ -313,6 +351,16 @@ def test_preferences_are_found_by_their_fields(tmp_path: Path, rows: list[dict[s
         ),
         ({"prompt": "a", "completion": "b", "label": True}, "no prompt has both a good and a bad answer"),
         ({"chosen": "red", "rejected": "rot"}, "do not begin with the same words"),
+        ({"prompt": "a", "context": "d", "chosen": "b", "rejected": "c"}, "write it into 'prompt'"),
+        ({"prompt": "a", "image": "d.png", "chosen": "b", "rejected": "c"}, "leave rows with images out"),
+        (
+            {
+                "prompt": [{"role": "system", "content": "Add."}, USER],
+                "chosen": [USER, ASSISTANT],
+                "rejected": [USER, PAIR[2][0]],
+            },
+            "the messages in 'prompt' are not those that 'chosen' begins with",
+        ),
         (
             {"instruction": "2+2?", "chosen": "The answer is 4.", "rejected": "The answer is 5."},
             "beside 'instruction': name the prompt 'prompt'",

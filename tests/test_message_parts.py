@@ -462,6 +462,8 @@ def test_messages_of_the_openai_api():
     for fields, error in (
         ({"role": "user"}, "needs a 'role' and a 'content'"),
         ({"role": "user", "content": [{"image": 1}]}, "something other than texts"),
+        # Trap: the thinking of some clients taken for a part of the answer
+        ({"role": "assistant", "content": [{"type": "reasoning", "text": "Hm."}]}, "a piece of the type 'reasoning'"),
         (
             {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]},
             r"tool_calls\[0\]: .* no JSON",
@@ -470,7 +472,13 @@ def test_messages_of_the_openai_api():
     ):
         with pytest.raises(DataError, match=error):
             from_openai(fields)
+    call = {"function": {"name": "f", "arguments": ""}}  # as some servers write a call without arguments
+    assert get_tool_calls(from_openai({"role": "assistant", "tool_calls": [call]}))[0]["arguments"] == {}  # type: ignore[typeddict-item]
     assert tool_spec({"type": "function", "function": CALCULATOR}) == tool_spec(CALCULATOR) == CALCULATOR
+    for name in ("input_schema", "inputSchema"):  # Anthropic's, and MCP's
+        assert (
+            tool_spec({name if key == "parameters" else key: value for key, value in CALCULATOR.items()}) == CALCULATOR
+        )
     with pytest.raises(DataError, match="a tool needs a 'name'"):
         tool_spec({})
     with pytest.raises(DataError, match="'f': 'parameters' must be a JSON schema with type 'object'"):

@@ -15,6 +15,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
     DeepseekV3Config,
     Glm4MoeConfig,
     PaliGemmaConfig,
@@ -67,7 +68,12 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "another shape": (with_tensors(lambda tensors: tensors.update({LAYER: torch.zeros(3, 2)})), LAYER),
     "names of a wrapper": (
         with_tensors(lambda tensors: tensors.update({f"_orig_mod.{name}": tensors.pop(name) for name in [*tensors]})),
-        "lm_head.weight; they hold others, such as _orig_mod.lm_head.weight",
+        "they hold others, such as _orig_mod.lm_head.weight): it was saved inside torch.compile: save model._orig_mod",
+    ),
+    "a value head": (with_tensors(lambda tensors: tensors.update({"v_head.summary.weight": torch.zeros(1)})), "TRL's"),
+    "a reward model": (
+        lambda folder: AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).save_pretrained(folder),
+        "such as score.weight): it is a reward model or a classifier of transformers",
     ),
     "a pointer of Git LFS": (lambda folder: (folder / "model.safetensors").write_text(POINTER), "run `git lfs pull`"),
     "a pointer for a config": (lambda folder: (folder / "config.json").write_text(POINTER), "run `git lfs pull`"),
@@ -84,6 +90,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "truncated weights": (lambda folder: truncate(folder / "model.safetensors"), "SafetensorError"),
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "DeepSpeed's": (lambda folder: in_format(folder, "zero_to_fp32.py"), "run `python zero_to_fp32.py . ."),
+    "FSDP's": (lambda folder: in_format(folder, "pytorch_model_fsdp_0/__0_0.distcp"), "`accelerate merge-weights`"),
+    "GGUF": (lambda folder: in_format(folder, "model-Q4_K_M.gguf"), "quantised weights (GGUF"),
+    "no index": (lambda folder: in_format(folder, "model-00001-of-00002.safetensors"), "shards without model.safe"),
     "empty weights": (lambda folder: (folder / "model.safetensors").write_bytes(b""), "SafetensorError"),
     "truncated config": (lambda folder: truncate(folder / "config.json"), "config.json"),
     "no config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
@@ -105,6 +115,11 @@ class Harmful:
 
 def as_older_file(folder: Path) -> Path:
     return (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def in_format(folder: Path, name: str) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / "model.safetensors").rename(folder / name)
 
 
 def truncate(file: Path) -> None:

@@ -215,6 +215,12 @@ def test_bad_records_are_named_by_file_and_line(line: dict, complaint: str, tmp_
         read_records(file)
 
 
+def test_records_with_the_names_of_trl_are_read(tmp_path: Path) -> None:
+    file = tmp_path / "prm.jsonl"
+    file.write_text(json.dumps({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}) + "\n")
+    assert read_records(file) == [StepRecord("q", ["a", "b"], [1, 0])]
+
+
 def test_questions_that_are_held_out_in_a_file_of_their_own_are_not_trained_on(
     plain: Renderer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CheckpointError, ModelError

@@ -23,6 +23,8 @@ from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.checkpoint_files import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_FILE,
+    CLASSIFIER_HEAD,
+    IS_CLASSIFIER,
     REMEDY,
     STATE_FILE,
     adapted_model,
@@ -47,6 +49,7 @@ IN_PEFT = "base_model.model."  # before the name of each tensor
 PLAIN = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern",
          "fan_in_fan_out", "base_model_name_or_path", "revision", "peft_type", "peft_version", "task_type", "auto_mapping",
          "inference_mode", "megatron_core", "qalora_group_size", "ensure_weight_tying", "eva_config"}  # fmt: skip
+DRAWN_ANEW = "pissa_niter_"  # of init_lora_weights, with a number
 PLAIN_VALUES = {"bias": ("none",), "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica")}
 
 
@@ -161,6 +164,12 @@ def adapter_config(path: Path) -> dict[str, Any]:
     config = read_json(path / ADAPTER_CONFIG_FILE)
     if reason := unlike_peft(config):
         raise CheckpointError(f"{path} {reason}")
+    if str(init := config.get("init_lora_weights")).startswith(DRAWN_ANEW):
+        raise CheckpointError(
+            f"{path} has init_lora_weights={init}: peft takes from the base what it draws anew whenever it opens the "
+            "adapter, so no two readings are the same model: save it again where it was trained, with save_pretrained(..., "
+            "path_initial_model_for_weight_conversion=...)"
+        )
     if not isinstance(config.get("r"), int) or not isinstance(config.get("lora_alpha"), int | float):
         raise CheckpointError(f"{path / ADAPTER_CONFIG_FILE} lacks r or lora_alpha: {REMEDY}")
     return config
@@ -175,10 +184,16 @@ def read_lora(path: Path) -> LoraConfig:
         raise CheckpointError(f"{path / ADAPTER_CONFIG_FILE} says {error}: {REMEDY}") from error
 
 
+def _check_is_of_language_model(path: Path, saved: Iterable[str]) -> None:
+    if heads := [name for name in saved if CLASSIFIER_HEAD.search(name)]:
+        raise CheckpointError(f"{path} holds {heads[0]}: {IS_CLASSIFIER}")
+
+
 def check_adapter(trainer: TrainedModel, path: Path) -> None:
     """CheckpointError if the trainer would compute another function from the adapter."""
     assert trainer.lora and isinstance(trainer.model, PeftModel)
     config, saved = adapter_config(path), saved_shapes(path)
+    _check_is_of_language_model(path, saved)
     _check_same_base(trainer, path)
     if unusual := _unusual_setting(config):
         raise CheckpointError(
@@ -316,6 +331,7 @@ def _preset_seed(base: Base, seed: int) -> tuple[str, int]:
 def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftModel:
     """A saved adapter on its base, which `load` opens."""
     base, saved = read_base(path), saved_shapes(path)
+    _check_is_of_language_model(path, saved)
     try:
         model = load(base)
     except ModelError as error:
@@ -328,7 +344,16 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
         raise CheckpointError(
             f"{path} is a LoRA adapter with layer_replication: layers share their weights, and merged it would change each"
         )
-    copies = _copies_of_base(path, model.state_dict())
+    own = model.state_dict()
+    for name, shape in saved.items():
+        layer = own.get(name.removeprefix(IN_PEFT))
+        if ".lora_" not in name and layer is not None and tuple(layer.shape) != shape:
+            raise CheckpointError(
+                f"{path} holds {name} of shape {shape}, and its base model {base} has one of {tuple(layer.shape)}, as where "
+                "tokens were added: resize the base (resize_token_embeddings), merge the adapter into it with peft, and "
+                "give the merged folder as the model"
+            )
+    copies = _copies_of_base(path, own)
     head: Any = model.get_output_embeddings()
     tied = head.weight if head is not None and head.weight is model.get_input_embeddings().weight else None
     try:

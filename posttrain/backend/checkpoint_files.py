@@ -5,6 +5,8 @@ the last two in the folder itself. Errors name a file that is missing or damaged
 """
 
 import json
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,31 @@ ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safete
 SCALAR_HEAD_FILE = "scalar_head.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FORMAT = 2
+# of transformers' ...ForSequenceClassification and ...ForTokenClassification, as TRL trains reward models
+CLASSIFIER_HEAD = re.compile(r"(^|\.)(score|classifier)\.(modules_to_save\.)?(weight|bias)$")
+IS_CLASSIFIER = (
+    "it is a reward model or a classifier of transformers and no language model, and is not opened here: train a reward "
+    "model with preference/train_reward_model.py, or ask this one in a reward function (docs/rewards.md)"
+)
+# What a model was wrapped in, by the beginning of its tensors' names, and what to save instead.
+WRAPPED = {
+    "_orig_mod.": "torch.compile: save model._orig_mod",
+    "module.": "DistributedDataParallel: save model.module",
+    "_fsdp_wrapped_module.": "FSDP: save it by the trainer, or with FullStateDictConfig",
+    "base_model.model.": "peft: save model.merge_and_unload(), or the adapter alone",
+    "pretrained_model.": "TRL's value head: save model.pretrained_model",
+    "v_head.": "TRL's value head: save model.pretrained_model",
+}
+# Files of weights in formats that are not read, and what to do.
+OTHER_FORMATS = {
+    "*.gguf": "quantised weights (GGUF, for llama.cpp): give the model that it was made from",
+    "zero_to_fp32.py": "the shards of DeepSpeed: run `python zero_to_fp32.py . . --safe_serialization` in the folder",
+    "global_step*": "the shards of DeepSpeed: join them with its zero_to_fp32.py",
+    **dict.fromkeys(("*.distcp", "*/*.distcp"), "the shards of FSDP: join them with `accelerate merge-weights`"),
+    "latest_checkpointed_iteration.txt": "a checkpoint of Megatron: export it to Hugging Face's format with Megatron-Bridge",
+    "model-*-of-*.safetensors": f"shards without {INDEX_FILE}: copy that file, too",
+    "consolidated*": "weights in their maker's own format: take those of transformers",
+}
 # every checkpoint has one of these
 MODEL_FILES = {"config.json", ADAPTER_CONFIG_FILE, "belief_state.json"}
 REMEDY = "copy it again, or take another checkpoint"
@@ -99,6 +126,19 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def wrong_model(tensors: Collection[str]) -> str:
+    """What a model is, by tensors of its files that a language model lacks, and what to do; "" if unknown."""
+    if any(CLASSIFIER_HEAD.search(name) for name in tensors):
+        return IS_CLASSIFIER
+    wrapped = next((part for part in WRAPPED if any(name.startswith(part) for name in tensors)), None)
+    return f"it was saved inside {WRAPPED[wrapped]}" if wrapped else ""
+
+
+def other_format(folder: Path) -> str:
+    """Which weights a folder without safetensors has, and what to do; "" if unknown."""
+    return next((says for pattern, says in OTHER_FORMATS.items() if any(folder.glob(pattern))), "")
+
+
 def not_pulled(folder: Path) -> str:
     """What to do where a file of the folder is the pointer that Git LFS leaves for it; "" without one."""
     for file in sorted(folder.glob("*")):
@@ -163,6 +203,8 @@ def check_is_checkpoint(path: Path) -> None:
     if path.is_file() or path.name == STATE_FOLDER:
         raise CheckpointError(f"{path} is a part of a checkpoint: give its folder, {path.parent}")
     kind = f"not a checkpoint (it has none of {', '.join(sorted(MODEL_FILES))})"
+    if found := other_format(path):
+        raise CheckpointError(f"{path} is {kind}, and holds {found}")
     if _is_run(path):
         kind = "a run's folder without a checkpoint"
     raise CheckpointError(f"{path} is {kind}: give a folder that save_state, transformers or peft wrote")

@@ -20,7 +20,7 @@ from posttrain.backend.data_checks import not_finite
 from posttrain.backend.engine import EngineThread
 from posttrain.backend.errors import ConfigError, EngineError, ModelError
 from posttrain.backend.merged_lora import layer_updates
-from posttrain.backend.models import checkpoint_folder, context_length, load_model
+from posttrain.backend.models import check_has_vocabulary, checkpoint_folder, context_length, load_model
 from posttrain.backend.new_engine import is_reproducible, new_engine
 from posttrain.backend.openmp import release_workers
 from posttrain.backend.placement import check_heads
@@ -132,6 +132,7 @@ class Engines:
         SnapshotMemoryError if a shared engine's weights would exceed the memory."""
         folder = checkpoint_folder(path)
         check_readable(folder)
+        check_has_vocabulary(str(folder))
         if not is_adapter(folder):
             return self._freeze(path, load_model(str(folder), seed, torch.device("cpu"), torch.float32))
         apart = adapts_inner_layers(folder) if self.config.lora != "merged" else self.shares

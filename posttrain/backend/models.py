@@ -40,7 +40,9 @@ from posttrain.backend.checkpoint_files import (
     checkpoints_in,
     is_adapter,
     not_pulled,
+    other_format,
     why_no_model,
+    wrong_model,
 )
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import CheckpointError, ModelError
@@ -179,8 +181,8 @@ def _is_no_model(path: Path) -> str:
         return f"there is no model folder {path}"
     if path.is_file():
         return f"{path} is a file: give a model's folder, with config.json"
-    if any(path.glob("*.gguf")):
-        return f"{path} has quantised weights (GGUF, for llama.cpp): give the model that it was made from"
+    if found := other_format(path):
+        return f"{path} has no config.json, and holds {found}"
     # of a trainer's output, a run here, and the hub's cache
     inside = [model for name in (".", "checkpoints", "snapshots") for model in checkpoints_in(path / name)]
     hint = f"; did you mean {inside[-1]}?" if inside else ""
@@ -213,6 +215,8 @@ def _reason(error: BaseException, path: Path | None = None) -> str:
     text = str(error)
     if path and (pointer := not_pulled(path)):
         return pointer
+    if path and "no file named model.safetensors" in text and (found := other_format(path)):
+        return f"it has no file named model.safetensors, and holds {found}"
     if isinstance(error, (EOFError, pickle.UnpicklingError)):
         return "its pytorch_model.bin is damaged, or holds something other than tensors, which is not loaded"
     if "trust_remote_code" in text:
@@ -261,13 +265,13 @@ def new_model(config: PretrainedConfig) -> PreTrainedModel:
 
 
 @computing()
-def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+def load_model(
+    model_name: str, seed: int, device: torch.device, dtype: torch.dtype, trunk: bool = False
+) -> PreTrainedModel:
     """The model without dropout. A preset's weights depend on `seed` only; torch's RNG does not
-    change."""
-    if (model_folder(model_name, weights=True) / SCALAR_HEAD_FILE).exists():
-        raise ModelError(
-            f"{model_name} is a scalar model and no language model: open it with create_scalar_client_from_state"
-        )
+    change. `trunk`: also that of a scalar model, without its head."""
+    if not trunk:
+        check_has_vocabulary(model_name)
     config = model_config(model_name)
     if model_name in PRESETS:
         with drawn_from(seed):
@@ -277,6 +281,20 @@ def load_model(model_name: str, seed: int, device: torch.device, dtype: torch.dt
         check_text_only(model_name, config)
         model = read_model(model_name, dtype)
     return cast_weights(model.to(device), dtype).eval()  # type: ignore[arg-type]
+
+
+def scalar_head_file(model_name: str) -> Path | None:
+    """The head of a saved scalar model; None of other models."""
+    file = model_folder(model_name, weights=True) / SCALAR_HEAD_FILE
+    return file if model_name not in PRESETS and file.exists() else None
+
+
+def check_has_vocabulary(model_name: str) -> None:
+    """ModelError for a scalar model, or an adapter of one."""
+    if scalar_head_file(model_name):
+        raise ModelError(
+            f"{model_name} is a scalar model and no language model: open it with create_scalar_client_from_state"
+        )
 
 
 def cast_weights(model: M, dtype: torch.dtype) -> M:
@@ -324,7 +342,10 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
         if names := _names(report[kind]):
             other = _names(report["unexpected_keys"]) if kind == "missing_keys" else []
             beside = f"; they hold others, such as {other[0]}" if other else ""
-            raise ModelError(f"{model_name!r} cannot be opened: {fault} ({len(names)}, such as {names[0]}{beside})")
+            found = f"{fault} ({len(names)}, such as {names[0]}{beside})"
+            if mistaken := wrong_model(_names(report["unexpected_keys"])):
+                found += f": {mistaken}"
+            raise ModelError(f"{model_name!r} cannot be opened: {found}")
     make_plain(model)
     _say_untied(model)
     _join_end_tokens(model)

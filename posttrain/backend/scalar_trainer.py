@@ -8,11 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from posttrain.backend.batching import MicroBatch
 from posttrain.backend.errors import ConfigError, ModelError
 from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.models import scalar_head_file
 from posttrain.backend.trained_weights import SCALAR_HEAD
 from posttrain.backend.trainer import CustomLoss, Trainer
 from posttrain.backend.types import Datum, ForwardBackwardOutput, LoraConfig
@@ -20,7 +22,7 @@ from posttrain.backend.types import Datum, ForwardBackwardOutput, LoraConfig
 
 class ScalarTrainer(Trainer):
     """A Datum's `model_input` is the whole sequence: the scalar at position t has read tokens 0 to
-    t. The head starts at zero, and so does every scalar.
+    t. The head starts at zero, and so does every scalar, but for a saved scalar model, which keeps its own.
 
     `weights` or `mask`, (T,), choose the positions of the loss; other arrays, such as `labels`,
     reach it as `inputs`. No `target_tokens`. `loss_fn_outputs[d]["scalars"]` has all positions.
@@ -30,6 +32,7 @@ class ScalarTrainer(Trainer):
     """
 
     output_name = "scalars"
+    opens_trunks = True
 
     def _check_adapter(self, lora: LoraConfig) -> None:
         if lora.train_unembed:
@@ -37,7 +40,10 @@ class ScalarTrainer(Trainer):
         super()._check_adapter(lora)
 
     def _trainable_weights(self) -> dict[str, nn.Parameter]:
-        self.scalar_head = nn.Parameter(torch.zeros(1, self.hf_config.hidden_size, device=self.device))
+        head_1H = torch.zeros(1, self.hf_config.hidden_size)
+        if file := scalar_head_file(self.model_name):
+            head_1H.copy_(load_file(file)["weight"])
+        self.scalar_head = nn.Parameter(head_1H.to(self.device))
         unused: Any = self.base.get_output_embeddings()
         if not self.hf_config.tie_word_embeddings:
             unused.requires_grad_(False)

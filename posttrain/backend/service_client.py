@@ -9,11 +9,13 @@ from typing import Literal
 
 from posttrain.backend.adapters import read_base, read_lora
 from posttrain.backend.checkpoint_files import (
+    IS_CLASSIFIER,
     REMEDY,
     SCALAR_HEAD_FILE,
     STATE_FILE,
     check_readable,
     is_adapter,
+    read_json,
     read_state,
     state_file,
 )
@@ -88,8 +90,8 @@ class ServiceClient:
 
     def create_scalar_client(self, base_model: str, lora: LoraConfig | None = None, seed: int = 0) -> TrainingClient:
         """A model with a scalar per token instead of logprobs (scalar_trainer.py): reward models,
-        process reward models, critics. Its head is zero; `load_state` of a language model's
-        checkpoint loads the trunk."""
+        process reward models, critics. Its head is zero, but for a saved scalar model's; `load_state` of a
+        language model's checkpoint loads the trunk."""
         return self._open_training_client(self._open_trainer("scalar", base_model, lora, seed))
 
     def create_scalar_client_from_state(self, path: str) -> TrainingClient:
@@ -98,7 +100,10 @@ class ServiceClient:
         folder = checkpoint_folder(path)
         check_readable(folder)
         if not (folder / SCALAR_HEAD_FILE).exists():
-            raise CheckpointError(f"{path} has no {SCALAR_HEAD_FILE}: it is not the checkpoint of a scalar model")
+            config = read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+            of_other = any("Classification" in str(name) for name in config.get("architectures") or ())
+            why = IS_CLASSIFIER if of_other else "it is not the checkpoint of a scalar model"
+            raise CheckpointError(f"{path} has no {SCALAR_HEAD_FILE}: {why}")
         return self._from_state(folder, with_optimizer=False, create=self.create_scalar_client)
 
     def _open_trainer(

@@ -73,7 +73,8 @@ class ShardedTrainer(Trainer):
         its weights once they are sharded."""
         if not self.shards:
             return super()._load(dtype)
-        model = self.read_once(lambda: load_model(self.model_name, self.seed, torch.device("cpu"), dtype))
+        where = (torch.device("cpu"), dtype, self.opens_trunks)
+        model = self.read_once(lambda: load_model(self.model_name, self.seed, *where))
         first: Any = model and (model.config, {name: p.requires_grad for name, p in model.named_parameters()})
         config, trained = self.processes.gathered(first)[0]  # reading trains what a new model does not (Ernie 4.5)
         if model is None:

@@ -61,6 +61,7 @@ class Trainer:
     output_name = "logprobs"  # output of `run` per token
     # (1, H) in a ScalarTrainer, in place of the vocabulary's head
     scalar_head: nn.Parameter | None = None
+    opens_trunks = False  # of saved scalar models
     _base_owner: SharedBase | None = None  # of the tensors shared with other adapters
     _part = (0, 1)  # rank, and number of ranks that pass over the data
     writes = True  # checkpoints; of several ranks, the first
@@ -122,7 +123,7 @@ class Trainer:
             layer.compile()  # one graph for a kind: of each width and number of rows at first, then of all
 
     def _load(self, dtype: torch.dtype) -> PreTrainedModel:
-        return load_model(self.model_name, self.seed, self.device, dtype)
+        return load_model(self.model_name, self.seed, self.device, dtype, self.opens_trunks)
 
     def _check_fits(self) -> None:
         check_fits(planned(self.model_name, self.config, self.lora), self.model_name)

@@ -19,6 +19,10 @@ from posttrain.renderers.types import (
 
 # where other programs write thinking
 THINKING_KEYS = ("reasoning_content", "reasoning", "thinking")
+# pieces of a content that are its text
+TEXT_TYPES = ("text", "input_text", "output_text")
+# where other programs write a tool's parameters (Anthropic, MCP)
+SCHEMA_KEYS = ("parameters", "input_schema", "inputSchema")
 
 
 def get_text_content(message: Message) -> str:
@@ -95,6 +99,11 @@ def from_openai(fields: Mapping[str, Any]) -> Message:
     if isinstance(content, list):
         if not all(isinstance(piece, Mapping) and isinstance(piece.get("text"), str) for piece in content):
             raise DataError(f"'content' is a list of something other than texts: {str(content)[:80]}")
+        if others := [kind for piece in content if (kind := piece.get("type") or "text") not in TEXT_TYPES]:
+            raise DataError(
+                f"'content' has a piece of the type {str(others[0])!r:.40} between its texts: write thinking as "
+                "'reasoning_content', and calls as 'tool_calls'"
+            )
         content = "".join(piece["text"] for piece in content)
     thinking = next((fields[key] for key in THINKING_KEYS if fields.get(key)), None)
     calls = fields.get("tool_calls") or []
@@ -122,7 +131,7 @@ def _call_of(call: Any, i: int) -> ToolCallPart:
     arguments = function.get("arguments") if isinstance(function, Mapping) else None
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments)
+            arguments = json.loads(arguments or "{}")  # of a tool without parameters, some servers write nothing
         except ValueError as error:
             raise DataError(f"tool_calls[{i}]: 'arguments' is no JSON ({error}): {arguments[:80]}") from None
     name = function.get("name") if isinstance(function, Mapping) else None
@@ -133,11 +142,12 @@ def _call_of(call: Any, i: int) -> ToolCallPart:
 
 def tool_spec(fields: Any) -> ToolSpec:
     """A tool as the OpenAI API writes it, {"type": "function", "function": {...}}, or the inner
-    object alone. DataError without a name, or with parameters that are no schema of an object."""
+    object alone, also with Anthropic's `input_schema`. DataError without a name, or with parameters that are no schema of an object."""
     function = fields.get("function", fields) if isinstance(fields, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError(f"a tool needs a 'name': {str(fields)[:80]}")
-    parameters = function.get("parameters") or {"type": "object", "properties": {}}
+    schemas = (function[key] for key in SCHEMA_KEYS if function.get(key))
+    parameters = next(schemas, {"type": "object", "properties": {}})
     if not isinstance(parameters, Mapping) or parameters.get("type") != "object":
         raise DataError(f"the tool {function['name']!r}: 'parameters' must be a JSON schema with type 'object'")
     return {

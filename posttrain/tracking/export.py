@@ -17,7 +17,14 @@ from safetensors.torch import load_file, save_file
 
 from posttrain.backend.adapters import open_merged, read_base
 from posttrain.backend.atomic_folder import atomic_folder
-from posttrain.backend.checkpoint_files import INDEX_FILE, STATE_FILE, check_readable, is_adapter, read_json
+from posttrain.backend.checkpoint_files import (
+    INDEX_FILE,
+    SCALAR_HEAD_FILE,
+    STATE_FILE,
+    check_readable,
+    is_adapter,
+    read_json,
+)
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.hub import hub_reason
 from posttrain.backend.ranges import SEED
@@ -93,6 +100,8 @@ def _write_merged(adapter: Path, folder: Path, dtype: torch.dtype | None, seed: 
         shutil.copy(file, folder)
     if not files:
         load_tokenizer(str(adapter)).save_pretrained(folder)
+    if (adapter / SCALAR_HEAD_FILE).exists():
+        shutil.copy(adapter / SCALAR_HEAD_FILE, folder)
 
 
 def _copy(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
@@ -105,7 +114,7 @@ def _copy(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
             continue
         if path.is_dir() and path.name not in EXPORTED_FOLDERS:
             continue
-        if path.suffix == ".safetensors" and dtype is not None:
+        if path.suffix == ".safetensors" and path.name != SCALAR_HEAD_FILE and dtype is not None:
             tensors = {name: _cast(tensor, dtype) for name, tensor in load_file(path).items()}
             save_file(tensors, folder / path.name, metadata={"format": "pt"})
             num_bytes += sum(tensor.nbytes for tensor in tensors.values())

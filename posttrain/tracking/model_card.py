@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.backend.architectures import kernel_of_attention
+from posttrain.backend.checkpoint_files import SCALAR_HEAD_FILE
 from posttrain.backend.errors import ConfigError, ModelError
 from posttrain.backend.models import PRESETS, looks_like_path, model_config, whole_config
 from posttrain.backend.text_models import text_model_of
@@ -26,10 +27,11 @@ def model_card(
     """`adapter_base` is the base of an adapter, merged or not; `is_adapter`: the folder holds the
     adapter alone."""
     base = adapter_base or source.settings.get("load_checkpoint_path") or source.settings.get("model_name")
-    library = "peft" if is_adapter else "transformers"
-    front = ["---", f"library_name: {library}", "pipeline_tag: text-generation", "tags: [posttrain-cookbook]"]
+    is_scalar = bool(source.folder and (source.folder / SCALAR_HEAD_FILE).exists())
+    library, task = "peft" if is_adapter else "transformers", "classification" if is_scalar else "generation"
+    front = ["---", f"library_name: {library}", f"pipeline_tag: text-{task}", "tags: [posttrain-cookbook]"]
     front += [f"base_model: {base}"] if base and _on_hub(base) else []
-    parts = ["\n".join([*front, "---"]), f"# {name}", _origin(base, source, is_adapter)]
+    parts = ["\n".join([*front, "---"]), f"# {name}", _origin(base, source, is_adapter, is_scalar)]
     if source.run:
         parts.append(_metrics(source))
     if evaluation:
@@ -37,15 +39,17 @@ def model_card(
     opens, kernel = _opened_by(adapter_base or str(source.folder))
     if not is_adapter:
         opens = "AutoModelForCausalLM"  # a merged model is a text model, whatever its base is
-    parts.append(f"## Use\n\n{_usage(name, base, is_adapter, opens, kernel)}")
+    usage = _usage(name, base, is_adapter, opens, kernel)
+    parts.append("## Use\n\n" + (_with_head(usage, name, is_adapter) if is_scalar else usage))
     if source.settings:
         settings = json.dumps(_without_paths(source.settings), indent=2, ensure_ascii=False)
         parts.append(f"## Settings of the run\n\n```json\n{settings}\n```")
     return "\n\n".join(parts) + "\n"
 
 
-def _origin(base: str | None, source: ModelSource, is_adapter: bool) -> str:
-    kind = "A LoRA adapter" if is_adapter else "A language model"
+def _origin(base: str | None, source: ModelSource, is_adapter: bool, is_scalar: bool) -> str:
+    kind = "A LoRA adapter" if is_adapter else "A model" if is_scalar else "A language model"
+    kind += " that gives each token a number (a reward model, or a critic)" if is_scalar else ""
     of = f", trained from `{_short(base)}`" if base else ""
     task = class_name(source.settings, "env", "dataset")
     on = f" on `{task}`" if task else ""
@@ -116,6 +120,21 @@ def _usage(name: str, base: str | None, is_adapter: bool, opens: str, kernel: st
             f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
         ]
     return "```python\n" + "\n".join(loads) + "\n```"
+
+
+def _with_head(usage: str, name: str, is_adapter: bool) -> str:
+    """Of a scalar model: its head lies beside the trunk, which transformers opens as a language model."""
+    trunk = "model.base_model.model.base_model" if is_adapter else "model.base_model"
+    lines = [
+        "from safetensors.torch import load_file",
+        "",
+        f'head = load_file("{name}/{SCALAR_HEAD_FILE}")["weight"]  # (1, hidden size)',
+        "",
+        "",
+        "def numbers(input_ids):  # of each token; a reward model's is that of an answer's last, its end token",
+        f"    return ({trunk}(input_ids).last_hidden_state @ head.T.to(model.dtype))[..., 0]",
+    ]
+    return usage.removesuffix("\n```") + "\n" + "\n".join(lines) + "\n```"
 
 
 def _table(head: tuple[str, str], rows: list[tuple[str, str]]) -> str:
