@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._C._autograd import DeviceType
 from torch._C._profiler import _ExperimentalConfig
-from torch.autograd import DeviceType
 
 # parts of names; the first class that fits
 CLASSES = {
