@@ -141,7 +141,7 @@ def server(says: bytes | None) -> Iterator[str]:
         def answer_one() -> None:
             with suppress(OSError):
                 connection, _ = listening.accept()
-                connection.sendall(says)
+                connection.sendall(says or b"")
                 connection.recv(100)
 
         if says:
