@@ -253,6 +253,11 @@ def exchange(fields: Fields, prompt_field: str, completion_field: str, prompt_te
 def _field(fields: Fields, name: str, kind: type) -> Any:
     if name not in fields:
         raise DataError(f"no field {name!r}; the fields are {', '.join(map(repr, fields))}")
+    if kind is str and isinstance(fields[name], int | float) and not isinstance(fields[name], bool):
+        raise DataError(
+            f"the field {name!r} is the number {fields[name]}, not a text: write it in quotes; of a table, read the "
+            "file by a ChatDatasetBuilder of your own (docs/data_formats.md)"
+        )
     if not isinstance(fields[name], kind):
         wanted = "text" if kind is str else "text or a list of messages" if name != "messages" else "list of messages"
         raise DataError(f"the field {name!r} is a {type(fields[name]).__name__}, not a {wanted}")
