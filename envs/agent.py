@@ -48,7 +48,7 @@ class ProblemReward:
             value = self.function(self.problem, run)
             return await value if isinstance(value, Awaitable) else value
         text = get_text_content(run.conversations[-1][-1]) if run.result is None else str(run.result)
-        grade = await self.problem.grader.grade(text.strip(), self.problem.gold)
+        grade = await self.problem.graded(text.strip())
         return float(grade.correct) if grade.credit is None else grade.credit
 
 

@@ -35,7 +35,7 @@ from posttrain.tracking.seeds import RATED_GAMES
 from posttrain.tracking.settings import changes, changes_text, config_to_json, read_settings, with_later_options
 from rl.names import ENVS
 from rl.ratings import Ratings, elo_ratings
-from rl.rollouts import first_error
+from rl.rollouts import raise_first
 from rl.types import RolloutError
 from supervised.evaluators import CustomEvaluator, Evaluated, EvaluatorBuilder
 
@@ -99,7 +99,7 @@ async def play_pairs(config: Tournament, players: Mapping[str, Player], pairs: I
                 for first, second in pairs
             }
     except BaseExceptionGroup as errors:
-        raise first_error(errors) from errors
+        raise_first(errors)
     return {names: task.result() for names, task in playing.items()}
 
 

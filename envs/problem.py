@@ -5,9 +5,10 @@ Grader; a new data set is a ProblemSet that reads its rows (math_word.py, arc_ch
 code.py).
 """
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import chz
 import numpy as np
@@ -36,7 +37,9 @@ class Grade:
 
 
 class Grader:
-    """Extracts the answer of a response and compares it. Default: the whole response, as text."""
+    """Extracts the answer of a response and compares it. Default: the whole response, as text. A
+    subclass may write `is_right` and `grade` without `async`.
+    """
 
     has_answer = True  # a short answer, on which samples can vote (maj@k) and which the transcript shows
 
@@ -54,7 +57,9 @@ class Grader:
 
     async def grade(self, text: str, gold: str) -> Grade:
         answer = self.extract(text)
-        return Grade(None, False) if answer is None else Grade(self.vote(answer), await self.is_right(answer, gold))
+        if answer is None:
+            return Grade(None, False)
+        return Grade(self.vote(answer), bool(await _result(self.is_right(answer, gold))))
 
     def shown(self, text: str) -> str:
         """The answer as the transcript shows it."""
@@ -86,15 +91,28 @@ class Problem:
             Message(role="assistant", content=self.solution),
         ]
 
+    async def graded(self, text: str) -> Grade:
+        """The grader's verdict. GraderError if it gives anything else."""
+        grade = await _result(self.grader.grade(text, self.gold))
+        if not isinstance(grade, Grade):
+            raise GraderError(
+                f"{type(self.grader).__name__}.grade returned {grade!r:.100}, not a Grade(answer, correct, credit)"
+            )
+        return grade
+
     async def scored(self, text: str, truncated: bool) -> tuple[float, Metrics, Logs]:
         """1 for a correct response, or its partial credit; the metrics `format` and `correct`; logs."""
-        grade = await self.grader.grade(text, self.gold)
+        grade = await self.graded(text)
         metrics = {"format": float(grade.answer is not None and not truncated), "correct": float(grade.correct)}
         logs = {"gold": self.gold} | ({"extracted": self.grader.shown(text)} if self.grader.has_answer else {})
         if grade.answer is not None and grade.answer != logs.get("extracted", grade.answer):
             logs["vote"] = grade.answer
         value = float(grade.correct) if grade.credit is None else grade.credit
         return value, metrics | grade.metrics | self.grader.describe(text), logs | grade.logs
+
+
+async def _result(result: Any) -> Any:
+    return await result if inspect.isawaitable(result) else result
 
 
 def check_apart(train: Sequence[Problem], test: Sequence[Problem], name: str = "training") -> None:

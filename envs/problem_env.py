@@ -43,7 +43,7 @@ class ProblemEnv(Env):
         return self.problem.messages(self.prefix)
 
     async def grade(self, text: str) -> Grade:
-        return await self.problem.grader.grade(text, self.problem.gold)
+        return await self.problem.graded(text)
 
     def build_prompt(self) -> ModelInput:
         if self._rendered is None:

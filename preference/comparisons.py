@@ -19,7 +19,7 @@ from preference import rows as shapes
 from preference.rows import ScoredSample
 from preference.types import Comparison, ComparisonDatasetBuilder, LabeledComparison
 from supervised.data import HuggingFaceBuilder
-from supervised.rows import Fields, Row, after_system, read_rows, system_of, tools_of
+from supervised.rows import Fields, Row, after_system, called, checked_messages, read_rows, system_of, tools_of
 
 T = TypeVar("T")
 
@@ -194,7 +194,11 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
 
     def _whole(self, fields: Fields) -> LabeledComparison:
         """With what a row of any shape may say beside its answers: `system` and `tools`."""
-        labeled = self.comparison(fields)
+        name, labeled = f"{type(self).__name__}.comparison", called(self, "comparison", fields)
+        if not isinstance(labeled, LabeledComparison) or not isinstance(labeled.comparison, Comparison):
+            raise DataError(f"{name} returned {labeled!r:.80}, not a LabeledComparison of a Comparison")
+        for part in ("prompt_conversation", "completion_A", "completion_B"):
+            checked_messages(f"{name}: the {part}", getattr(labeled.comparison, part))
         prompt = after_system(system_of(fields), list(labeled.comparison.prompt_conversation))
         return replace(
             labeled, comparison=replace(labeled.comparison, prompt_conversation=prompt, tools=tuple(tools_of(fields)))

@@ -176,7 +176,8 @@ def trainable_groups(
 
 
 def compute_advantages(groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEstimator) -> list[np.ndarray]:
-    """(G,) advantages of each group's members. ConfigError for an estimator that returns another shape."""
+    """(G,) advantages of each group's members. ConfigError where an estimator returns another shape
+    or a number that is not finite."""
     advantages_P_G = estimator.of_batch([np.array(group.get_total_rewards(), dtype=np.float64) for group in groups_P])
     for group, advantages_G in zip(groups_P, advantages_P_G, strict=True):
         size = len(group.trajectories_G)
@@ -184,6 +185,11 @@ def compute_advantages(groups_P: Sequence[TrajectoryGroup], estimator: Advantage
             raise ConfigError(
                 f"advantage={type(estimator).__name__} returned the shape {np.shape(advantages_G)} for {size} rollouts: "
                 "one number for each is needed"
+            )
+        if not np.isfinite(np.asarray(advantages_G, dtype=np.float64)).all():
+            raise ConfigError(
+                f"advantage={type(estimator).__name__} returned {advantages_G!r:.100} for the rewards "
+                f"{group.get_total_rewards()!r:.100}: advantages must be finite"
             )
     return [np.asarray(advantages_G) for advantages_G in advantages_P_G]
 

@@ -62,7 +62,9 @@ async def call(
     watch, call_name = _Watch(seconds, clock), f"{type(owner).__name__}.{method}"
     try:
         with span("env"):
-            result = check(await _driven(partial(_started, owner, method, arguments, keywords), watch))
+            result = _checked(
+                check, owner, method, await _driven(partial(_started, owner, method, arguments, keywords), watch)
+            )
         if not watch.disturbed:
             return result
         failure = None
@@ -80,6 +82,17 @@ async def call(
         raise EnvError(f"{call_name} cancelled the task of its rollout") from failure
     assert failure is not None
     raise _rollout_error(call_name, failure)
+
+
+def _checked(check: Callable[[Any], T], owner: object, method: str, result: object) -> T:
+    """`check(result)`, whose error says which class and method returned it."""
+    try:
+        return check(result)
+    except MalformedStep as error:
+        name, message = type(owner).__name__, str(error)
+        if message.startswith(f"{name}."):
+            raise
+        raise MalformedStep(f"{name}.{message if message.startswith(method) else f'{method}: {message}'}") from error
 
 
 def _say_if_blocking(call_name: str, seconds: float) -> None:

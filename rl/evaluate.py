@@ -50,7 +50,7 @@ from rl.evaluation_results import Estimates, Values, differences, estimates, pro
 from rl.evaluators import all_groups, merged
 from rl.names import BENCHMARKS, ENVS
 from rl.rollout_state import group_from_json, group_to_json
-from rl.rollouts import Policy, RolloutLimits, check_failures, do_group_rollout, first_error
+from rl.rollouts import Policy, RolloutLimits, check_failures, do_group_rollout, raise_first
 from rl.types import EnvGroupBuilder, RLDatasetBuilder, TrajectoryGroup
 
 
@@ -247,7 +247,7 @@ async def _sample(
                 for p, s in missing:
                     tasks.create_task(one_group(p, s))
         except BaseExceptionGroup as errors:
-            raise first_error(errors) from errors
+            raise_first(errors)
 
 
 def _transcripts(config: Config, label: str, groups_P: Sequence[TrajectoryGroup], renderer: Renderer) -> str:

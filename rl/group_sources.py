@@ -18,7 +18,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.tracking.seeds import TRAINING
 from rl.rollout_state import group_from_json, group_to_json
-from rl.rollouts import NO_LIMIT, Policy, RolloutLimits, check_failures, do_group_rollout, first_error
+from rl.rollouts import NO_LIMIT, Policy, RolloutLimits, check_failures, do_group_rollout, raise_first
 from rl.step_checks import batch as groups_of_batch
 from rl.types import EnvGroupBuilder, RLDataset, TrajectoryGroup
 
@@ -64,7 +64,7 @@ class GroupSource:
         try:
             await self._tasks.__aexit__(*exc)
         except BaseExceptionGroup as errors:
-            raise first_error(errors) from errors
+            raise_first(errors)
 
     def set_policy(self, step: int, client: SamplingClient) -> None:
         """`client` now has the weights of `step`: starts every group that may begin."""

@@ -32,7 +32,7 @@ from posttrain.renderers.turns import decode, encode, eos
 from posttrain.renderers.types import Tokenizer
 from posttrain.tracking.command_line import by_name, run_command
 from rl.names import ENVS
-from rl.rollouts import Policy, RolloutLimits, do_single_rollout, first_error
+from rl.rollouts import Policy, RolloutLimits, do_single_rollout, raise_first
 from rl.step_checks import takes_extra
 from rl.types import (
     Action,
@@ -204,7 +204,7 @@ async def _play_group(
                 for g, (env, seat) in enumerate(zip(envs_G, seats_G, strict=True))
             ]
     except BaseExceptionGroup as errors:
-        raise first_error(errors) from errors
+        raise_first(errors)
     trajectories_G = [player.result() for player in players]
     rewards_G = []
     try:

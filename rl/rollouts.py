@@ -11,7 +11,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import count
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import chz
 
@@ -399,7 +399,7 @@ async def do_rollouts(
                 tasks.create_task(do_group_rollout(b, policy, (*seed, p), limits)) for p, b in enumerate(builders_P)
             ]
     except BaseExceptionGroup as errors:
-        raise first_error(errors) from errors
+        raise_first(errors)
     finished = [group.result() for group in groups]
     check_failures(finished, limits or RolloutLimits())
     return finished
@@ -418,8 +418,9 @@ def check_failures(groups_P: Sequence[TrajectoryGroup], limits: RolloutLimits) -
         raise first
 
 
-def first_error(errors: BaseExceptionGroup) -> BaseException:
+def raise_first(errors: BaseExceptionGroup) -> NoReturn:
+    """Raises the first error without the group, whose traceback would repeat the error's own."""
     error: BaseException = errors
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    return error
+    raise error from error.__cause__

@@ -105,7 +105,8 @@ def _number(value: object, name: str) -> float:
             return float(plain)
         except OverflowError:
             pass
-    raise MalformedStep(f"{name} is {value!r:.100}, not a number")
+    hint = ": an `await` is missing" if inspect.isawaitable(value) else ""
+    raise MalformedStep(f"{name} is {value!r:.100}, not a number{hint}")
 
 
 def _truth(value: object) -> bool:

@@ -27,6 +27,9 @@ from supervised.rows import (
     Fields,
     Row,
     after_system,
+    called,
+    checked_messages,
+    checked_rows,
     conversation,
     exchange,
     read_rows,
@@ -115,7 +118,8 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
 
     def example(self, fields: Fields, renderer: Renderer) -> tuple[list[int], list[float]]:
         """Tokens of a row and their weights: a function of the row, as several processes share a large set."""
-        messages, what = customized(self.messages(fields), self.train_on_what)
+        given = checked_messages(f"what {type(self).__name__}.messages returned", called(self, "messages", fields))
+        messages, what = customized(given, self.train_on_what)
         return offering(fields, renderer).build_supervised_example(messages, what)
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
@@ -135,7 +139,7 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
         return [*data]
 
     def _split(self) -> tuple[Sequence[Row], Sequence[Row]]:
-        train, test = self.rows()
+        train, test = checked_rows(self, self.rows())
         if not self.test_size:
             return train, test
         if test:

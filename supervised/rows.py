@@ -5,11 +5,12 @@ needed.
 import codecs
 import difflib
 import os
+import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.errors import ConfigError, CookbookError, DataError
 from posttrain.renderers.parts import THINKING_KEYS, from_openai, tool_spec
 from posttrain.renderers.types import Message, ToolSpec
 from posttrain.tracking.jsonl import parse_json
@@ -95,6 +96,52 @@ def _check_text(line: bytes, where: str) -> None:
             f"{where}: a list, where each line is to be one object: jq -c '.[]' FILE.json > FILE.jsonl makes that of a "
             "JSON file"
         )
+
+
+# --- what a user's builder returns ---------------------------------------------------------------
+
+
+def called(builder: object, method: str, fields: Fields) -> Any:
+    """`builder.method(fields)`. What it raises becomes a DataError with the method and the line."""
+    try:
+        return getattr(builder, method)(fields)
+    except CookbookError:
+        raise
+    except Exception as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        raised = f"{type(builder).__name__}.{method} raised {type(error).__name__}: {error}"
+        raise DataError(f"{raised} ({place.filename}:{place.lineno})") from error
+
+
+def checked_rows(builder: object, given: Any) -> tuple[Sequence[Row], Sequence[Row]]:
+    """What `builder.rows` returned; of each part the first row is looked at. DataError for anything else."""
+    name = f"{type(builder).__name__}.rows"
+    if not isinstance(given, tuple | list) or len(given) != 2 or not all(_is_list(part) for part in given):
+        raise DataError(f"{name} returned {given!r:.80}, not two lists: rows to train on, and rows held out")
+    if not given[0]:
+        raise DataError(f"{name} returned no rows to train on")
+    for part in given:
+        row = part[0] if part else ("", {})
+        if not isinstance(row, tuple) or len(row) != 2 or not isinstance(row[0], str):
+            raise DataError(f"{name} returned the row {row!r:.80}, not a pair of a place, for errors, and its fields")
+    return given[0], given[1]
+
+
+def checked_messages(name: str, given: Any) -> list[Message]:
+    """DataError, with `name`, for what is no list of messages."""
+    if not _is_list(given):
+        raise DataError(f"{name} is {given!r:.80}, not a list of messages")
+    for message in given:
+        if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise DataError(f"{name} has {message!r:.80}: a message has a 'role' and a 'content', both texts")
+    return list(given)
+
+
+def _is_list(given: Any) -> bool:
+    return isinstance(given, Sequence) and not isinstance(given, str)
+
+
+# --- fields --------------------------------------------------------------------------------------
 
 
 def text_of(where: str, fields: Fields, name: str) -> str:
@@ -215,6 +262,11 @@ def exchange(fields: Fields, prompt_field: str, completion_field: str, prompt_te
 def _field(fields: Fields, name: str, kind: type) -> Any:
     if name not in fields:
         raise DataError(f"no field {name!r}; the fields are {', '.join(map(repr, fields))}")
+    if kind is str and isinstance(fields[name], int | float) and not isinstance(fields[name], bool):
+        raise DataError(
+            f"the field {name!r} is the number {fields[name]}, not a text: write it in quotes; of a table, read the "
+            "file by a ChatDatasetBuilder of your own (docs/data_formats.md)"
+        )
     if not isinstance(fields[name], kind):
         wanted = "text" if kind is str else "text or a list of messages" if name != "messages" else "list of messages"
         raise DataError(f"the field {name!r} is a {type(fields[name]).__name__}, not a {wanted}")

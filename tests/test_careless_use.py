@@ -8,19 +8,23 @@ from typing import Any
 
 import chz
 import pytest
+import torch
 
+from envs.problem import Grade, Grader, Problem
 from posttrain.backend import Datum, ModelInput, SamplingParams, ServiceClient
-from posttrain.backend.errors import ConfigError, DataError, ModelError
+from posttrain.backend.errors import ConfigError, CookbookError, DataError, ModelError
 from posttrain.backend.models import model_folder
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.command_line import parse
 from posttrain.tracking.datasets import ListDataset
+from preference.comparisons import PreferenceRowsBuilder
+from preference.types import Comparison, LabeledComparison
 from rl import evaluate
 from rl import train as rl
 from rl.names import ENVS
 from rl.types import RLDatasetBuilder
 from supervised import train as sft
-from supervised.data import HuggingFaceBuilder
+from supervised.data import ChatDatasetBuilder, HuggingFaceBuilder
 from supervised.evaluators import EvaluatorBuilder, EvaluatorList
 from supervised.names import DATASETS
 from supervised.nll import nll_means, nll_sums
@@ -152,3 +156,79 @@ def test_an_evaluator_that_is_not_async_or_gives_no_numbers_is_named(tmp_path: P
     ]:
         with pytest.raises(ConfigError, match=message):
             asyncio.run(EvaluatorList([("evaluators.0", evaluator)])(None))  # type: ignore[arg-type]
+
+
+@chz.chz
+class OddChats(ChatDatasetBuilder):
+    given: Any = ([("chats:1", {})], [])
+    said: Any = "hello"
+
+    def rows(self) -> Any:
+        return self.given
+
+    def messages(self, fields: Any) -> Any:
+        return self.said(fields) if callable(self.said) else self.said
+
+
+@chz.chz
+class OddPairs(PreferenceRowsBuilder):
+    returns: Any = None
+
+    def comparison(self, fields: Any) -> Any:
+        return self.returns
+
+
+# Trap: rows without a place are unpacked as one where they have two fields.
+def test_a_reader_of_data_that_returns_something_else_is_named(tmp_path: Path) -> None:
+    renderer = sft.Config(dataset=OddExamples()).renderer()
+    row = {"question": "a", "answer": "b"}
+    for builder, message in [
+        (OddChats(given=[row]), "OddChats.rows returned .*, not two lists"),
+        (OddChats(given=([row], [])), "OddChats.rows returned the row .*, not a pair of a place"),
+        (OddChats(given=([], [])), "OddChats.rows returned no rows"),
+        (OddChats(), "chats:1: what OddChats.messages returned is 'hello', not a list of messages"),
+        (OddChats(said=[{"content": "a"}]), "chats:1: .* a message has a 'role' and a 'content'"),
+        (
+            OddChats(said=lambda fields: fields["no"]),
+            r"chats:1: OddChats.messages raised KeyError: 'no' \(.*\.py:\d+\)",
+        ),
+    ]:
+        with pytest.raises(DataError, match=message):
+            builder(renderer)
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("{}\n")
+    texts: Any = LabeledComparison(Comparison("a", "b", "c"), "A")  # type: ignore[arg-type]
+    for returns, message in [
+        (("b", "c"), "not a LabeledComparison of a Comparison"),
+        (texts, "OddPairs.comparison: the prompt_conversation is 'a', not a list of messages"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            OddPairs(path=str(path), returns=returns)()
+
+
+class OddGrader(Grader):
+    def grade(self, text: str, gold: str) -> Any:
+        return Grade(text, True, 0.5) if text == gold else 0.5
+
+    def is_right(self, answer: str, gold: str) -> Any:
+        return answer[0] == gold[0]
+
+
+def test_a_grader_may_do_without_async_and_must_return_a_grade() -> None:
+    problem = Problem("1+1=", "2", OddGrader())
+    assert asyncio.run(problem.scored("2", truncated=False))[0] == 0.5
+    assert asyncio.run(Grader.grade(problem.grader, "21", "2")).correct
+    with pytest.raises(CookbookError, match=r"OddGrader.grade returned 0.5, not a Grade"):
+        asyncio.run(problem.scored("3", truncated=False))
+
+
+def test_a_loss_that_returns_something_else_is_named(torch_service: ServiceClient) -> None:
+    client = torch_service.create_training_client("micro")
+    for loss, message in [
+        (lambda p, inputs: -p, "it must return the loss of each token, and a dict"),
+        (lambda p, inputs: (-p, None), "it must return the loss of each token, and a dict"),
+        (lambda p, inputs: (-p, {"x": 1.0}), "returned x 1.0, not a tensor"),
+        (lambda p, inputs: (torch.zeros_like(p), {}), "does not depend on the logprobs"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            client.forward_backward([datum(PROMPT)], loss).result()

@@ -121,6 +121,13 @@ def test_what_a_user_may_write(argv, expected):
         (["env=no_such_module:X"], "env=no_such_module:X: Could not import module 'no_such_module'"),
         ([f"env={__name__}:Nothing"], "has no attribute 'Nothing'"),
         ([f"env={__name__}:Baseline"], "to be a subtype of"),
+        ([f"env={__name__}:Sumz"], f"did you mean {__name__}:Sums?"),
+        (["env=my_envs.py"], "in the folder of the file write env=my_envs:CLASS"),
+        (["env=my.envs.Sums"], "did you mean my.envs:Sums?"),
+        (
+            ["dataset=x.jsonl"],
+            "unknown option 'dataset'; it is one of supervised/train_cli.py and preference/train_cli.py",
+        ),
         (["env=None"], "env=None: no such name"),
         (["env.difficultly=3"], "unknown option 'env.difficultly'; did you mean env.difficulty?"),
         (["difficulty=3"], "unknown option 'difficulty'; did you mean env.difficulty?"),

@@ -103,7 +103,7 @@ def page_commands() -> list[tuple[str, Path, list[str]]]:
     found = []
     for page in [*PAGES, *sorted((ROOT / "recipes").rglob("README.md"))]:
         for line in page.read_text().replace("\\\n", " ").splitlines():
-            if not re.match(r" {4}([A-Z_]+=\S+ )*(python|posttrain-\w+) ", line) or re.search(r"\.\.\.|my_envs", line):
+            if not re.match(r" {4}([A-Z_]+=\S+ )*(python|posttrain-\w+) ", line) or re.search(r"\.\.\.|=my_\w+:", line):
                 continue
             words = [word for word in shlex.split(line, comments=True) if not re.match("[A-Z_]+=", word)]
             name, *given = words[2:] if words[1] == "-m" else words[1:] if words[0] == "python" else words

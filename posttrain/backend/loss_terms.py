@@ -3,7 +3,7 @@ trains a sampled rationale by policy gradient and the answer after it by cross-e
 terms, their part of a micro-batch, and a forward pass kept for a later backward.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +44,13 @@ class TermResults:
     sums: dict[str, float]
 
 
+def with_gradient(losses: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The losses. ConfigError where none of them can be differentiated."""
+    if losses and not any(loss.requires_grad for loss in losses):
+        raise ConfigError("the loss does not depend on the logprobs it is given: was it detached?")
+    return losses
+
+
 class RunningTerm:
     """A term while the micro-batches run. Its data are numbered from `first`."""
 
@@ -71,18 +78,34 @@ class RunningTerm:
         }
         if self.loss.of_sequences:
             inputs["sequence"] = torch.from_numpy(batch.loss.datum_N[row_N]).to(device)
-        loss_N, diagnostics_N = self.loss.fn(p, inputs, **(self.term.loss_fn_config or {}))
-        for name, value in {"a loss": loss_N, **diagnostics_N}.items():
-            if value.shape not in (p.shape, p.shape[:1]):
-                raise ConfigError(
-                    f"{getattr(self.loss.fn, '__name__', self.loss.fn)} returned {name} of shape {tuple(value.shape)} "
-                    f"for {len(p)} tokens: one number for each is needed, {tuple(p.shape[:1])}"
-                )
+        result: object = self.loss.fn(p, inputs, **(self.term.loss_fn_config or {}))
+        loss_N, diagnostics_N = self._checked(result, p)
         self._loss_places.append(place_N)
         self._losses.append(loss_N.detach().reshape(len(loss_N), -1).sum(-1))
         for name, value_N in diagnostics_N.items():
             self._sums[name] = self._sums.get(name, 0.0) + in_float64(value_N.detach()).sum()
         return loss_N.sum()
+
+    def _checked(self, result: Any, p: torch.Tensor) -> tuple[torch.Tensor, Mapping[str, torch.Tensor]]:
+        """The loss and the diagnostics that a loss function, which may be a user's, returned. ConfigError for
+        anything else."""
+        function = getattr(self.loss.fn, "__name__", self.loss.fn)
+        if not isinstance(result, tuple | list) or len(result) != 2 or not isinstance(result[1], Mapping):
+            raise ConfigError(
+                f"{function} returned {result!r:.60}: it must return the loss of each token, and a dict of "
+                "diagnostics, {} for none"
+            )
+        for name, value in {"a loss": result[0], **result[1]}.items():
+            if not isinstance(value, torch.Tensor):
+                raise ConfigError(
+                    f"{function} returned {name} {value!r:.80}, not a tensor with a number for each token"
+                )
+            if value.shape not in (p.shape, p.shape[:1]):
+                raise ConfigError(
+                    f"{function} returned {name} of shape {tuple(value.shape)} for {len(p)} tokens: one number for "
+                    f"each is needed, {tuple(p.shape[:1])}"
+                )
+        return result[0], result[1]
 
     def keep_others(self, batch: MicroBatch, p_NK: torch.Tensor) -> None:
         """Records the logprobs of positions without loss."""

@@ -22,7 +22,7 @@ from posttrain.backend.batching import MicroBatch
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.custom_loss import CustomLoss, run_in_two_passes
 from posttrain.backend.device_lock import computing
-from posttrain.backend.loss_terms import LossTerm, RunningTerm
+from posttrain.backend.loss_terms import LossTerm, RunningTerm, with_gradient
 from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.merged_lora import base_weights, in_dtype, layer_updates
 from posttrain.backend.models import load_model
@@ -171,7 +171,8 @@ class ShardedTrainer(Trainer):
         """As in one process, and a backward pass in any case: the other ranks make one, too."""
         losses: list[torch.Tensor] = []
         try:
-            losses = [loss for term in running if (loss := term(batch, p_NK)) is not None]
+            found = [loss for term in running if (loss := term(batch, p_NK)) is not None]
+            losses = with_gradient(found) if differentiate else found
         except Exception as error:
             self._failed = self._failed or error
         if differentiate:

@@ -30,7 +30,7 @@ from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ConfigError, DataError, NonFiniteError
 from posttrain.backend.logprobs import target_logprobs
 from posttrain.backend.lora_layers import add_lora, check_rank
-from posttrain.backend.loss_terms import KeptForward, LossTerm, RunningTerm, by_width, in_order
+from posttrain.backend.loss_terms import KeptForward, LossTerm, RunningTerm, by_width, in_order, with_gradient
 from posttrain.backend.losses import LossFn
 from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.merged_lora import compute_merged
@@ -218,7 +218,7 @@ class Trainer:
         """The losses of a micro-batch, and their gradients."""
         losses = [loss for term in running if (loss := term(batch, p_NK)) is not None]
         if differentiate and losses:
-            torch.stack(losses).sum().backward()
+            torch.stack(with_gradient(losses)).sum().backward()
 
     def _join(self, running: Sequence[RunningTerm]) -> None:
         """Adds what other ranks computed."""

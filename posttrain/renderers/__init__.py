@@ -33,8 +33,9 @@ def get_renderer(name: str | None, tokenizer: Tokenizer) -> Renderer:
         name = "chat_template" if tokenizer.chat_template else "role_colon"
     name, _, written = NO_THINKING.get(name, name).partition(":")
     if name not in RENDERERS:
-        near = difflib.get_close_matches(name, RENDERERS, n=1, cutoff=0)[0]
-        raise ConfigError(f"no renderer is called {name!r}; did you mean {near!r}? Known: {', '.join(RENDERERS)}")
+        near = difflib.get_close_matches(name, RENDERERS, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "chat_template is the model's own format."
+        raise ConfigError(f"no renderer is called {name!r}; {hint} Known: {', '.join(RENDERERS)}")
     if written and name != "chat_template":
         raise ConfigError(f"renderer_name={name}:{written}: only chat_template has options")
     options = (_template_options(written, tokenizer),) if written else ()

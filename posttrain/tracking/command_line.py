@@ -58,6 +58,16 @@ USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
 }
 
 
+# first parts of options, and the commands that have them
+OTHER_COMMANDS: Mapping[str, str] = {
+    "dataset": "supervised/train_cli.py and preference/train_cli.py",
+    "method": "preference/train_cli.py",
+    **dict.fromkeys(
+        ("env", "group_size", "groups_per_batch", "algorithm", "advantage", "max_tokens"), "rl/train_cli.py"
+    ),
+}
+
+
 def by_name(target: str) -> Callable[[], Any]:
     """A default_factory for "module:Class", imported when called: so a package can offer a class of
     a higher layer."""
@@ -277,16 +287,22 @@ def _resolve(path: str, value: str, names: Mapping[str, str]) -> tuple[str, dict
         return target, dict(field.split("=", 1) for field in fields)
     if ":" in value or not names:
         return value, {}
-    nearest = difflib.get_close_matches(value, names, n=1, cutoff=0.5)
+    nearest = difflib.get_close_matches(value, [name for name in names if "*" not in name], n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]}? " if nearest else ""
-    if value in PREFERENCE_SETS:
+    module, _, last = value.rpartition(".")
+    if last == "py":
+        hint = f"in the folder of the file write {path}={Path(value).stem}:CLASS; "
+    elif module and last[0:1].isupper():
+        hint = f"did you mean {module}:{last}? "
+    elif value in PREFERENCE_SETS:
         hint = f"it is a set of preferences: preference/train_cli.py dataset={value}; "
     elif "/" in value and "huggingface" in names:
         hint = f"a data set of the hub is {path}=huggingface {path}.name={value}; "
     fault = "no such name"
     if os.path.exists(value):
         fault = f"a {'folder' if os.path.isdir(value) else 'file'} that no short name reads"
-        hint = f"{path}=huggingface {path}.name={value} reads folders and tables; " if "huggingface" in names else ""
+        if "huggingface" in names and last != "py":
+            hint = f"{path}=huggingface {path}.name={value} reads folders and tables; "
     raise ConfigError(f"{path}={value}: {fault}; {hint}known: {', '.join(names)}, or module:Class")
 
 
@@ -295,12 +311,23 @@ def _load_class(path: str, target: str, parameter: Any) -> type:
     try:
         loaded_class = parameter.meta_factory.from_string(target)
     except (MetaFromString, ValueError) as error:
-        raise ConfigError(f"{path}={target}: {' '.join(str(error).split())}") from None
+        raise ConfigError(f"{path}={target}: {' '.join(str(error).split())}{_near(target)}") from None
     if not isinstance(loaded_class, type):
         raise ConfigError(
             f"{path}={target}: not a class; give module:Class of a subclass of {type_repr(parameter.type)}"
         )
     return loaded_class
+
+
+def _near(target: str) -> str:
+    """A name of the module, or a module of the current folder, that is nearly the one given."""
+    module, _, name = target.partition(":")
+    loaded = sys.modules.get(module)
+    known = dir(loaded) if loaded else [file.stem for file in Path.cwd().glob("*.py")]
+    near = difflib.get_close_matches(name if loaded else module, known, n=1)
+    if near:
+        return f"; did you mean {module if loaded else near[0]}:{near[0] if loaded else name}?"
+    return "" if loaded else "; is its file in the current folder?"
 
 
 def _check_chosen(blueprint: Blueprint[Any], parameters: Mapping[str, Any]) -> None:
@@ -344,7 +371,10 @@ def _check_option(key: str, value: str, parameters: Mapping[str, Any]) -> None:
     ancestors = [key.rsplit(".", count)[0] for count in range(1, key.count(".") + 1)]
     ancestor = next((path for path in ancestors if path in parameters), None)
     if not paths and (ancestor is None or not _takes_any_key(parameters[ancestor].type)):
-        raise ConfigError(f"unknown option {key!r}; {_nearest(key, parameters)}--help lists the options")
+        hint, elsewhere = _nearest(key, parameters), OTHER_COMMANDS.get(key.partition(".")[0])
+        if elsewhere and not hint:
+            hint = f"it is one of {elsewhere}; "
+        raise ConfigError(f"unknown option {key!r}; {hint}--help lists the options")
     for path in paths:
         try:
             parameters[path].cast(value)
