@@ -304,7 +304,10 @@ def without_signal(
         what = f"all {len(rewards)} rollouts have the reward {rewards[0]:.4g}"
     else:
         what = "in every group all rollouts have the same reward"
+    last = [t.transitions[-1] for group in groups_P for t in group.trajectories_G if t.transitions]
+    cut = sum(turn.ac.stop_reason == "length" for turn in last)
+    advice = f"max_tokens cut off {cut} of {len(last)} answers: is it too small? " if 2 * cut > len(last) else ""
     return (
-        f"nothing to learn: {what}, so every advantage is 0. Read a transcript: too hard, too easy, or does the "
+        f"nothing to learn: {what}, so every advantage is 0. {advice}Read a transcript: too hard, too easy, or does the "
         "prompt not say what to answer, and in which form?"
     )

@@ -113,6 +113,10 @@ def test_a_table_in_the_current_folder_is_read(tmp_path: Path, monkeypatch: pyte
     assert len(train) == 1
 
 
+def not_on_the_hub(name: str, weights: bool) -> Path:
+    raise ModelError(f"{name} is not there")
+
+
 def test_a_run_that_is_not_in_its_folder_is_not_only_looked_for_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,6 +124,9 @@ def test_a_run_that_is_not_in_its_folder_is_not_only_looked_for_on_the_hub(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ModelError, match="the folder runs is here, and has no frist_run .* mean runs/first_run"):
         model_folder("runs/frist_run")
+    monkeypatch.setattr("posttrain.backend.models.hub_folder", not_on_the_hub)
+    with pytest.raises(ModelError, match=r"rusn is not there .*; did you mean runs\?"):
+        model_folder("rusn")
     with pytest.raises(ConfigError, match=r"^models: not given; write models=\.\.\."):
         parse(evaluate.Config, ["env=arithmetic"], {"env": ENVS})
 

@@ -128,7 +128,7 @@ def test_a_transcript_shows_the_advantages_that_tokens_are_trained_with(tmp_path
     ("reward", "settings", "said"),
     [
         (1.0, {}, "step 1: nothing to learn: all 12 rollouts have the reward 1, so"),
-        (None, {}, "step 1: nothing to learn: in every group all rollouts have the same reward, so"),
+        (None, {}, "all rollouts have the same reward, so every advantage is 0. max_tokens cut off 12 of 12 answers"),
         (1.0, {"entropy_coef": 0.1}, None),
         (1.0, {"advantage": NoBaseline()}, None),
     ],

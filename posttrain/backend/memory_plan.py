@@ -319,7 +319,12 @@ def advice(run: PlannedRun, free: int) -> str:
     adapter = replace(run, lora=LoraConfig(), reference=False)
     if not run.lora and (settings := adapter.that_fits(free)) is not None:
         return f"An adapter fits: lora_rank=32 {_options(settings)}"
-    return "Take a smaller model" + ("" if run.lora else ", or an adapter (lora_rank=32)")
+    smaller = "Take a smaller model" + ("" if run.lora else ", or an adapter (lora_rank=32)")
+    if not (least := {option: values[-1] for option, values in run._remedies().items() if values}):
+        return smaller
+    return (
+        f"{smaller}, or free memory: {run.changed(**least).plan.peak / GIB:.1f} GiB are enough with {_options(least)}"
+    )
 
 
 def _options(settings: Mapping[str, Any]) -> str:

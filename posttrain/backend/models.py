@@ -149,9 +149,10 @@ def model_folder(name: str, weights: bool = False) -> Path:
     # a misspelling: asking the hub could take half a minute of time-outs
     if near and "/" not in name:
         raise ModelError(f"{name!r} is neither a preset nor a local folder{hint}")
-    if "/" in name and path.parent.is_dir():  # a folder's name, rather than the hub's
-        siblings = difflib.get_close_matches(path.name, [entry.name for entry in path.parent.iterdir()], n=1)
-        hint = f"; the folder {path.parent} is here, and has no {path.name} in it"
+    if path.parent.is_dir():  # a folder's name, rather than the hub's
+        folders = [entry.name for entry in path.parent.iterdir() if entry.is_dir()]
+        siblings = difflib.get_close_matches(path.name, folders, n=1)
+        hint = f"; the folder {path.parent} is here, and has no {path.name} in it" if "/" in name else hint
         hint += f"; did you mean {path.parent / siblings[0]}?" if siblings else ""
     try:
         return hub_folder(name, weights)
