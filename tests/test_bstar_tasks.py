@@ -98,7 +98,7 @@ def test_human_solutions_are_right_and_fall_into_the_steps_of_their_form(tmp_pat
 @pytest.mark.parametrize(
     ("name", "split", "text", "correct", "answer"),
     [
-        ("gsm8k", "test", "Both cost $1200.\n#### $1200", True, "$1200"),
+        ("gsm8k", "test", "Both cost $1200.\n#### $1200", True, "1200"),
         ("gsm8k", "test", "Both cost $1200.\n#### 120", False, "120"),
         ("gsm8k", "test", "Both cost 1200.", False, ""),
         ("math", "train", "# Answer: \\boxed{5/6}", True, "5/6"),

@@ -81,7 +81,7 @@ AIMS = ("8B, LoRA", "8B, all weights")  # of the cases that begin so, the fastes
 def preset(name: str, config: PretrainedConfig) -> Iterator[None]:
     """`name` is a preset of this shape, whose weights are made on the card."""
 
-    def load(name: str, seed: int, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    def load(name: str, seed: int, device: torch.device, dtype: torch.dtype, trunk: bool = False) -> PreTrainedModel:
         return on_card(config, dtype)
 
     with ExitStack() as stack:
