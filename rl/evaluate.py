@@ -45,7 +45,7 @@ from posttrain.tracking.settings import (
     with_later_options,
     write_settings,
 )
-from rl.evaluation_page import print_results, write_page
+from rl.evaluation_page import notices, print_results, write_page
 from rl.evaluation_results import Estimates, Values, differences, estimates, problem_values
 from rl.evaluators import all_groups, merged
 from rl.names import BENCHMARKS, ENVS
@@ -126,6 +126,7 @@ async def main(config: Config) -> list[Evaluated]:
     results = to_json(config, evaluated)
     write_atomically(folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     print_results(results)
+    print(*(f"WARNING {notice}\n" for notice in notices(results)), sep="", end="")
     print(f"report: {write_page(folder / 'report.html', results)}")
     lock.close()
     return evaluated

@@ -27,6 +27,16 @@ def print_results(results: Results) -> None:
         get_console().print(printed)
 
 
+def notices(results: Results) -> list[str]:
+    """Of models none of whose answers could be graded: what to look at."""
+    return [
+        f"{model['label']}: no answer has the form that is graded. Read {model['transcripts']}: does the prompt say which "
+        "form (env.prompt_template, env.boxed, env.few_shot), and is max_tokens large enough?"
+        for model in results["models"]
+        if model["metrics"].get("format", {}).get("mean") == 0
+    ]
+
+
 def write_page(file: Path, results: Results) -> Path:
     body = "".join(
         f"<h2>{escape(title)}</h2>{table([*map(escape, columns)], [[*map(escape, row)] for row in rows])}<br>"

@@ -291,12 +291,17 @@ def short_batches(builder: RLDatasetBuilder, dataset: RLDataset) -> str | None:
 
 
 def without_signal(
-    groups_P: Sequence[TrajectoryGroup], token_advantages_P: Sequence[Mapping[int, np.ndarray]]
+    groups_P: Sequence[TrajectoryGroup],
+    token_advantages_P: Sequence[Mapping[int, np.ndarray]],
+    of_rewards_P: Sequence[np.ndarray | None] | None = None,
 ) -> str | None:
     """What is printed of a step that teaches nothing: every advantage is 0, and nothing else is trained on. None
-    if there is a signal."""
+    if there is a signal. `of_rewards_P`: the members' advantages, where all that is added to them is a KL penalty."""
     rewards_P = [group.get_total_rewards() for group in groups_P if group.trajectories_G]
     learnt = any(advantages_N.any() for advantages in token_advantages_P for advantages_N in advantages.values())
+    penalized = learnt and of_rewards_P is not None
+    if of_rewards_P is not None:
+        learnt = any(advantages_G is not None and advantages_G.any() for advantages_G in of_rewards_P)
     if learnt or not rewards_P or any(t.supervised for group in groups_P for t in group.trajectories_G):
         return None
     rewards = [reward for rewards_G in rewards_P for reward in rewards_G]
@@ -308,6 +313,6 @@ def without_signal(
     cut = sum(turn.ac.stop_reason == "length" for turn in last)
     advice = f"max_tokens cut off {cut} of {len(last)} answers: is it too small? " if 2 * cut > len(last) else ""
     return (
-        f"nothing to learn: {what}, so every advantage is 0. {advice}Read a transcript: too hard, too easy, or does the "
+        f"nothing to learn: {what}, so every advantage is 0{', but for the KL penalty' * penalized}. {advice}Read a transcript: too hard, too easy, or does the "
         "prompt not say what to answer, and in which form?"
     )

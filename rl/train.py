@@ -179,7 +179,11 @@ class Loop:
         self.source.set_policy(step, self.sampling_client)
         outcome = await train_step(self.learner, self.source, step, adam, metrics)
         metrics |= compute_trajectory_metrics(outcome.groups_P)
-        notice = step_checks.without_signal(outcome.groups_P, outcome.token_advantages_P)
+        penalty_alone = self.config.kl.coef and not (
+            self.config.entropy_coef or self.learner.teachers or self.learner.critic
+        )
+        of_rewards_P = outcome.advantages_P if penalty_alone and self.config.kl.where == "advantage" else None
+        notice = step_checks.without_signal(outcome.groups_P, outcome.token_advantages_P, of_rewards_P)
         if notice and not self.said_without_signal:
             self.said_without_signal = True
             print(f"WARNING step {step + 1}: {notice}", flush=True)

@@ -20,7 +20,7 @@ from posttrain.renderers.types import Renderer
 from posttrain.tracking.datasets import ListDataset
 from posttrain.tracking.model_source import find_model
 from rl import evaluate
-from rl.evaluation_page import tables
+from rl.evaluation_page import notices, tables
 from rl.evaluation_results import Estimate, differences, estimates, interval_text, problem_values
 from rl.rollouts import RolloutLimits
 from rl.sample_metrics import mean_and_stderr, paired_difference, ratio_values
@@ -79,6 +79,17 @@ def test_a_tag_whose_problems_have_no_right_answers_is_shown_by_its_reward() -> 
     model = {"label": "policy", "problems": 8, "samples_lost": 0, "metrics": {}, "tags": tags}
     _, (title, _, rows) = tables({"models": [model], "paired": [], "settings": {"env": {"class": "envs:Mixed"}}})
     assert title == "correct, by tag" and [name for name, _ in rows] == ["sums", "essays (reward)"]
+
+
+# Trap: 0 right of 200, of a model that nobody told in which form to answer.
+def test_a_model_that_never_answers_in_the_graded_form_is_named() -> None:
+    means = {"none": 0.0, "some": 0.01, "all": 1.0}
+    models = [
+        {"label": label, "transcripts": f"{label}.html", "metrics": {"format": {"mean": mean}}}
+        for label, mean in means.items()
+    ]
+    (notice,) = notices({"models": [*models, {"label": "no_format", "metrics": {}}]})
+    assert notice.startswith("none: no answer has the form that is graded. Read none.html")
 
 
 def test_a_ratio_of_sums_and_its_standard_error_agree_with_the_bootstrap() -> None:

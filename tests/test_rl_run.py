@@ -28,6 +28,7 @@ from rl.advantages import NoBaseline
 from rl.data_processing import rows_of
 from rl.evaluators import sample_metrics
 from rl.group_sources import GroupSource
+from rl.kl import KLPenalty
 from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder
 from rl.metrics import compute_trajectory_metrics
 from rl.step_checks import short_batches
@@ -129,6 +130,7 @@ def test_a_transcript_shows_the_advantages_that_tokens_are_trained_with(tmp_path
     [
         (1.0, {}, "step 1: nothing to learn: all 12 rollouts have the reward 1, so"),
         (None, {}, "all rollouts have the same reward, so every advantage is 0. max_tokens cut off 12 of 12 answers"),
+        (1.0, {"kl": KLPenalty(coef=0.1)}, "so every advantage is 0"),
         (1.0, {"entropy_coef": 0.1}, None),
         (1.0, {"advantage": NoBaseline()}, None),
     ],
