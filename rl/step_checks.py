@@ -312,8 +312,8 @@ def without_signal(
     last = [t.transitions[-1] for group in groups_P for t in group.trajectories_G if t.transitions]
     cut = sum(turn.ac.stop_reason == "length" for turn in last)
     advice = f"max_tokens cut off {cut} of {len(last)} answers: is it too small? " if 2 * cut > len(last) else ""
-    advantages = "every advantage is that of the KL penalty alone" if penalized else "every advantage is 0"
+    penalty = ", but for the KL penalty" if penalized else ""
     return (
-        f"nothing to learn: {what}, so {advantages}. {advice}Read a transcript: too hard, too easy, or does the "
-        "prompt not say what to answer, and in which form?"
+        f"nothing to learn: {what}, so every advantage is 0{penalty}. {advice}Read a transcript: too hard, too easy, or "
+        "does the prompt not say what to answer, and in which form?"
     )
