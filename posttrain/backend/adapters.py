@@ -330,7 +330,7 @@ def _preset_seed(base: Base, seed: int) -> tuple[str, int]:
 
 def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftModel:
     """A saved adapter on its base, which `load` opens."""
-    base, saved = read_base(path), saved_shapes(path)
+    base, saved, config = read_base(path), saved_shapes(path), adapter_config(path)
     _check_is_of_language_model(path, saved)
     try:
         model = load(base)
@@ -340,7 +340,7 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
         raise CheckpointError(
             f"{path} was trained on the base model {base}, whose weights have changed since: restore them"
         )
-    if adapter_config(path).get("layer_replication"):
+    if config.get("layer_replication"):
         raise CheckpointError(
             f"{path} is a LoRA adapter with layer_replication: layers share their weights, and merged it would change each"
         )
@@ -369,7 +369,7 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
             f"{path} adapts the embedding or the output layer of {base}, which are one matrix there: merged, the "
             "adapter would change both"
         )
-    _check_biases(path, saved, adapted)
+    _check_biases(path, config.get("bias") or "none", saved, adapted)
     live = _tensors(adapted)
     if different := sorted(live.keys() ^ (saved.keys() - (copies - live.keys()))):
         if ".lora_" not in different[0] and different[0] in saved:
@@ -384,8 +384,7 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
     return adapted
 
 
-def _check_biases(path: Path, saved: Iterable[str], adapted: PeftModel) -> None:
-    bias = adapter_config(path).get("bias") or "none"
+def _check_biases(path: Path, bias: str, saved: Iterable[str], adapted: PeftModel) -> None:
     layers = (getattr(module, "base_layer", None) for module in adapted.modules())
     has_biases = any(getattr(layer, "bias", None) is not None for layer in layers)
     if bias != "none" and has_biases and not any(name.endswith(".bias") for name in saved):

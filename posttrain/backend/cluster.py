@@ -8,9 +8,8 @@ import os
 import secrets
 import sys
 import threading
-import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from concurrent.futures import Future
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -20,16 +19,10 @@ import torch
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, EngineError
+from posttrain.backend.futures import wait_saying
 from posttrain.backend.left_behind import remove_own, start_keeper, weight_folder
 from posttrain.backend.placement import check_gpus, check_placement, gpus_needed
-from posttrain.backend.ray_process import (
-    SAY_AFTER_SECONDS,
-    own_processes,
-    ray_running,
-    session_folders,
-    stop_ray,
-    visible_gpus,
-)
+from posttrain.backend.ray_process import own_processes, ray_running, session_folders, stop_ray, visible_gpus
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -243,17 +236,14 @@ def answer(reference: Any, what: str, seconds: float) -> Any:
 
 def answers(references: Sequence[Any], what: str, seconds: float) -> list[Any]:
     """As `answer`, of actors that may wait for each other: the first error of any is raised at once."""
-    futures, began = [future_of(reference) for reference in references], time.monotonic()
-    while True:
-        left = seconds - (time.monotonic() - began)
-        done, pending = wait(futures, min(max(left, 0.0), SAY_AFTER_SECONDS), FIRST_EXCEPTION)
-        for future in done:
-            future.result()
-        if not pending:
-            return [future.result() for future in futures]
-        if left <= SAY_AFTER_SECONDS:
-            raise EngineError(f"{what} did not answer within {seconds:g} seconds")
-        print(f"still waiting for {what} after {time.monotonic() - began:.0f} s", flush=True)
+    futures = [future_of(reference) for reference in references]
+    try:
+        wait_saying(futures, seconds, what)
+    except TimeoutError:
+        raise EngineError(f"{what} did not answer within {seconds:g} seconds") from None
+    for future in filter(Future.done, futures):  # an error is not kept waiting by those that are not
+        future.result()
+    return [future.result() for future in futures]
 
 
 def node_report(tokens: dict[str, str]) -> dict[str, Any]:

@@ -1,11 +1,12 @@
-"""Futures in Tinker's shape, and a worker thread that executes calls in order."""
+"""Futures in Tinker's shape, a wait that says what it waits for, and a worker thread that executes calls in order."""
 
 import asyncio
 import concurrent.futures
 import contextlib
 import threading
-from collections.abc import Callable, Coroutine, Generator
-from concurrent.futures import Future, ThreadPoolExecutor
+import time
+from collections.abc import Callable, Collection, Coroutine, Generator
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from functools import partial, wraps
 from typing import Any, Concatenate, ParamSpec, Self, TypeVar
 
@@ -16,11 +17,27 @@ C = TypeVar("C")
 P = ParamSpec("P")
 T = TypeVar("T")
 
+SAY_AFTER_SECONDS = 60.0  # a wait says what it waits for
+
 _lock = threading.Lock()  # of the counters below; held for a line at a time
 # .owner: stands for the InOrder or the engine that runs in this thread
 _working_for = threading.local()
 # event loops whose thread waits in `result` or `exception`, and for which future
 _blocked: dict[asyncio.AbstractEventLoop, Future[Any]] = {}
+
+
+def wait_saying(futures: Collection["Future[Any]"], seconds: float, what: str) -> None:
+    """Until all are done, or one has failed. TimeoutError after `seconds`; after a minute it says what it waits
+    for."""
+    began = time.monotonic()
+    while True:
+        left = seconds - (time.monotonic() - began)
+        done, pending = wait(futures, min(max(left, 0.0), SAY_AFTER_SECONDS), FIRST_EXCEPTION)
+        if not pending or any(future.exception() for future in done):
+            return
+        if left <= SAY_AFTER_SECONDS:
+            raise TimeoutError(f"{what}: no answer in {seconds:g} seconds")
+        print(f"still waiting for {what} after {time.monotonic() - began:.0f} s", flush=True)
 
 
 class APIFuture(Future[T]):

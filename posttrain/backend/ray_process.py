@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -21,6 +21,7 @@ import torch
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, EngineError
+from posttrain.backend.futures import wait_saying
 
 RAY_ENVIRONMENT = {
     # Ray hides a process's GPU from actors that ask for none, warns about it, and reports usage.
@@ -42,7 +43,6 @@ RAY_ENVIRONMENT = {
     "RAY_worker_register_timeout_seconds": "300",
 }
 START_SECONDS = 180.0  # for Ray; ten on a quiet machine
-SAY_AFTER_SECONDS = 60.0  # a wait says what it waits for
 REACH_SECONDS = 10.0  # for a connection to a running cluster
 # What a client of HTTP/2 says first, with empty settings, and the kind of frame that a server answers with.
 HTTP2_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + b"\0\0\0\4\0\0\0\0\0"
@@ -143,12 +143,7 @@ def _in_lasting_thread(init: Callable[[], object]) -> threading.Event:
         ended.wait()
 
     threading.Thread(target=run, name="ray", daemon=True).start()
-    began = time.monotonic()
-    while not wait([outcome], SAY_AFTER_SECONDS).done:
-        seconds = time.monotonic() - began
-        if seconds > 4 * START_SECONDS:
-            raise TimeoutError(f"no answer of Ray in {seconds:.0f} seconds")
-        print(f"still waiting for Ray to start after {seconds:.0f} s", flush=True)
+    wait_saying([outcome], 4 * START_SECONDS, "Ray to start")
     outcome.result()
     return ended
 

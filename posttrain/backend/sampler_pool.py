@@ -18,8 +18,7 @@ from typing import Any, Protocol, TypeVar
 from posttrain.backend.cluster import ProcessLost
 from posttrain.backend.engine import SequenceRequest, refusal
 from posttrain.backend.errors import EngineError
-from posttrain.backend.futures import APIFuture
-from posttrain.backend.ray_process import SAY_AFTER_SECONDS
+from posttrain.backend.futures import SAY_AFTER_SECONDS, APIFuture, wait_saying
 from posttrain.backend.routing import Router, SamplingGroup
 from posttrain.backend.spans import Span, Spans
 from posttrain.backend.types import SampleResponse
@@ -480,15 +479,6 @@ def _num_tokens(response: SampleResponse) -> int:
 
 
 def _within(future: "Future[T]", seconds: float, what: str) -> T:
-    """TimeoutError after `seconds`; after a minute it says what it waits for."""
-    began = time.monotonic()
-    while True:
-        left = seconds - (time.monotonic() - began)
-        try:
-            return future.result(min(max(left, 0.0), SAY_AFTER_SECONDS))
-        except TimeoutError:
-            if future.done():
-                raise
-            if left <= SAY_AFTER_SECONDS:
-                raise TimeoutError(f"{what}: no answer in {seconds:g} seconds") from None
-        print(f"still waiting for {what} after {time.monotonic() - began:.0f} s", flush=True)
+    """As `wait_saying`."""
+    wait_saying([future], seconds, what)
+    return future.result()

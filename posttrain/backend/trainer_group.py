@@ -22,9 +22,9 @@ from posttrain.backend.cluster import Cluster, ProcessLost, answer, answers, fut
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.custom_loss import CustomLoss, run_in_two_passes
 from posttrain.backend.errors import ConfigError, SnapshotMemoryError, TrainerLostError
+from posttrain.backend.futures import SAY_AFTER_SECONDS
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.losses import LossFn
-from posttrain.backend.ray_process import SAY_AFTER_SECONDS
 from posttrain.backend.spans import Spans
 from posttrain.backend.trainer_rank import TrainerRank
 from posttrain.backend.types import (
