@@ -128,7 +128,8 @@ def plot_reliability(evaluations: dict[str, Evaluation], path: Path) -> Path:
     for axis, (name, evaluation) in zip(axes, evaluations.items(), strict=True):
         confidence, accuracy, count = (np.array(column) for column in zip(*evaluation.reliability(), strict=True))
         axis.plot([0.5, 1], [0.5, 1], color=COLORS[-1], linewidth=1)
-        axis.scatter(confidence, accuracy, s=10 + 600 * count / count.sum(), color=COLORS[0], alpha=0.75, linewidth=0)
+        sizes = 10 + 600 * count / count.sum()
+        axis.scatter(confidence, accuracy, s=sizes, color=COLORS[0], alpha=0.75, linewidth=0, clip_on=False)
         metrics = evaluation.metrics()
         title = f"{name}: accuracy {metrics['accuracy']:.3f}, ECE {metrics['ece']:.3f}"
         finish_axis(axis, title, xlabel="confidence", integer=False)

@@ -209,6 +209,7 @@ def finish_axis(axis: Any, title: str, with_legend: bool = False, xlabel: str = 
     axis.set_axisbelow(True)
     if integer:
         axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.set_major_formatter(lambda x, _: f"{x / 1000:g}k" if x >= 10_000 else f"{x:g}")
     axis.set_xlabel(xlabel, fontsize=8, color="#4a525c")
     axis.margins(x=0.02)
     if with_legend:
