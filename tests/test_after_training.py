@@ -177,7 +177,10 @@ def test_the_card_of_a_gemma_2_names_its_attention(tmp_path: Path, monkeypatch: 
     exec(snippet, names)
     with torch.no_grad():
         shown, right = (model(TOKENS).logits for model in (names["model"], read_model(str(source), torch.float32)))
-    assert torch.equal(shown, right) and not torch.equal(logits(source), right)
+    assert torch.equal(shown, right)
+    # newer versions of transformers take it by themselves
+    by_default = AutoModelForCausalLM.from_pretrained(source).config._attn_implementation
+    assert torch.equal(logits(source), right) == (by_default == "eager")
     with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
         client = service.create_training_client(str(source), LoraConfig(rank=2))
         adapter = client.save_weights_for_sampler("adapter").result().path

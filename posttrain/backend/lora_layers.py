@@ -1,5 +1,7 @@
 """LoRA adapters on a transformers model: which layers get them, by peft."""
 
+import warnings
+
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
@@ -11,6 +13,9 @@ from posttrain.backend.errors import ConfigError, ModelError
 from posttrain.backend.models import model_config
 from posttrain.backend.random_state import drawn_from
 from posttrain.backend.types import LoraConfig
+
+# peft asks transformers by a name that 5.24 deprecates
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
 
 # Names of linear layers with adapters: Llama and its relatives; GPT-2; Pythia; BLOOM and Falcon; Qwen 3.5;
 # LFM 2 and OPT; DeepSeek.

@@ -30,8 +30,10 @@ def _switch_off(owner: object) -> None:
 
 
 def checkpoint_gradients(hf_model: PreTrainedModel, model_name: str) -> None:
+    # the newer name, which alone is left in transformers 6
+    enable = getattr(hf_model, "activation_checkpointing_enable", None) or hf_model.gradient_checkpointing_enable
     try:
-        hf_model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=CHECKPOINTING)
+        enable(CHECKPOINTING)
     except ValueError as error:
         raise ConfigError(
             f"backend.gradient_checkpointing: transformers cannot recompute the layers of {model_name!r}: leave it out"

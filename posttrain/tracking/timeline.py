@@ -141,11 +141,12 @@ _recording: ContextVar[Timeline | None] = ContextVar("timeline", default=None)
 
 @contextmanager
 def recording(timeline: Timeline) -> Iterator[Timeline]:
-    token = _recording.set(timeline)
+    before = _recording.get()
+    _recording.set(timeline)
     try:
         yield timeline
-    finally:
-        _recording.reset(token)
+    finally:  # no token: a coroutine that nobody awaits any more is closed in another context
+        _recording.set(before)
 
 
 @contextmanager
