@@ -117,7 +117,7 @@ def test_gradients_do_not_depend_on_how_pairs_are_cut(monkeypatch: pytest.Monkey
     pairs, forwards, results = letter_pairs(24), [], []
     forward, objective = Trainer._logprobs, train_dpo.PreferenceObjective(SimPO(), 50)
     monkeypatch.setattr(
-        Trainer, "_logprobs", lambda self, batch: forwards.append(len(batch.loss.rows_N)) or forward(self, batch)
+        Trainer, "_logprobs", lambda self, batch: forwards.append(len(batch.loss.rows_M)) or forward(self, batch)
     )
     for budget, cut_by_loop in ((10**6, False), (50, True), (50, False)):
         trainer = Trainer("tiny", BackendConfig(micro_batch_tokens=budget))

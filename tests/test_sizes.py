@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from posttrain.backend import prompt_scores
+from posttrain.backend.batching import micro_batches
+from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import DataError
 from posttrain.backend.spans import Span
-from posttrain.backend.types import ModelInput
+from posttrain.backend.trainer import Trainer
+from posttrain.backend.types import Datum, ModelInput
 from posttrain.tracking import plots, progress, transcripts
 from posttrain.tracking.progress import counted
 from posttrain.tracking.run_folder import RunFolder
@@ -26,6 +29,7 @@ from rl.rollout_state import group_from_json, group_to_json
 from rl.rollouts import do_single_rollout
 from rl.types import Env, EnvGroupBuilder, StepResult, TokensWithLogprobs, Trajectory, TrajectoryGroup
 from supervised.data import datum_from_tokens_weights
+from tests.conftest import ROUNDING, gradients, random_tokens, rounded
 
 NEW = list(range(1000, 1050))  # above 256 each int is an object
 
@@ -98,6 +102,35 @@ def test_token_ids_of_kept_data_are_shared() -> None:
     first, second = (datum_from_tokens_weights(range(1000, 1010), [1.0] * 10).model_input for _ in range(2))
     assert first == ModelInput.from_ints(range(1000, 1009))
     assert all(type(a) is int and a is b for a, b in zip(first.to_ints(), second.to_ints(), strict=True))
+
+
+def test_what_data_of_a_row_share_gets_its_logprobs_once() -> None:
+    """A prompt's positions of weight 0, but for another target or temperature; and their gradients."""
+    rng, trainer = np.random.default_rng(0), Trainer("tiny", BackendConfig(engine="torch"))
+    prompt, data = random_tokens(rng, 30), []
+    for member in range(6):
+        tokens = prompt + random_tokens(rng, 4)
+        target_T, temperature_T = np.array(tokens[1:]), np.full(len(tokens) - 1, 0.8, np.float32)
+        target_T[7] = 5 if member in (2, 3) else target_T[7]
+        temperature_T[9] = 1.5 if member == 4 else 0.8
+        mask = (np.arange(len(target_T)) >= len(prompt) - 1).astype(np.float32)
+        inputs = {"target_tokens": target_T, "weights": mask, "temperature": temperature_T}
+        data.append(Datum(ModelInput.from_ints(tokens[:-1]), inputs))
+    (batch,) = micro_batches(data, range(6), 1024, trainer.device, share=True)
+    # data 3 is the row's first: four have another target than it, and one another temperature
+    assert len(batch.others.datum_N) == 6 * 29 and len(batch.others.rows_M) == 29 + 4 + 1
+
+    def of_all(data_D: list[Datum], logprobs_D: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
+        return torch.cat(logprobs_D).square().sum(), {}
+
+    found = trainer.run_custom(data, of_all).loss_fn_outputs
+    gradients_of_row = gradients(trainer)
+    trainer.zero_grad()
+    for datum, output in zip(data, found, strict=True):
+        alone = trainer.run_custom([datum], of_all).loss_fn_outputs[0]
+        assert np.allclose(output["logprobs"].array, alone["logprobs"].array, atol=rounded(5e-6))
+    for name, gradient in gradients(trainer).items():
+        assert (gradients_of_row[name] - gradient).norm() <= ROUNDING * gradient.norm(), name
 
 
 def test_a_long_preparation_counts_what_it_has_done(

@@ -24,18 +24,24 @@ SHARED_ROWS_PAY = 0.8
 
 @dataclass
 class Positions:
-    """Positions that need logprobs. `rows_N` are the flat (b * T + t) indices whose hidden states
-    predict the targets; a shared index occurs several times."""
+    """N positions that need logprobs, of which M are computed. `rows_M` are the flat (b * T + t)
+    indices whose hidden states predict the targets; one that several data share occurs once in
+    `others`, as often as they are in `loss`."""
 
-    rows_N: torch.Tensor
+    rows_M: torch.Tensor
     datum_N: np.ndarray  # the target's datum, and
     position_N: np.ndarray  # its position there
-    targets_NK: torch.Tensor
-    temperature_N: torch.Tensor | None = None  # None = 1
+    targets_MK: torch.Tensor
+    temperature_M: torch.Tensor | None = None  # None = 1
+    computed_N: torch.Tensor | None = None  # where among the M it is; None = they are the N
 
     def none_of(self) -> "Positions":
-        temperature_N = None if self.temperature_N is None else self.temperature_N[:0]
-        return Positions(self.rows_N[:0], self.datum_N[:0], self.position_N[:0], self.targets_NK[:0], temperature_N)
+        temperature_M = None if self.temperature_M is None else self.temperature_M[:0]
+        return Positions(self.rows_M[:0], self.datum_N[:0], self.position_N[:0], self.targets_MK[:0], temperature_M)
+
+    def of_each(self, values_MK: torch.Tensor) -> torch.Tensor:
+        """(N, K) from what was computed."""
+        return values_MK if self.computed_N is None else values_MK[self.computed_N]
 
 
 @dataclass
@@ -204,14 +210,21 @@ def _collate(
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=device.type == "cuda")
 
-    def positions(chosen_N: np.ndarray) -> Positions:
-        chosen = targets[chosen_N]
+    def positions(index_N: np.ndarray, once: bool = False) -> Positions:
+        index_M, computed_N = index_N, None
+        if once and len(index_N):
+            temperature_N = None if temperatures is None else temperatures[index_N]
+            first_N = _first_alike(place[index_N], targets[index_N], temperature_N)
+            first_M, computed_N = np.unique(first_N, return_inverse=True)
+            index_M = index_N[first_M]
+        targets_M = targets[index_M]
         return Positions(
-            rows_N=tensor(place[chosen_N]),
-            datum_N=datum[chosen_N],
-            position_N=position[chosen_N],
-            targets_NK=tensor(chosen if chosen.ndim == 2 else chosen[:, None]),
-            temperature_N=None if temperatures is None else tensor(temperatures[chosen_N]),
+            rows_M=tensor(place[index_M]),
+            datum_N=datum[index_N],
+            position_N=position[index_N],
+            targets_MK=tensor(targets_M if targets_M.ndim == 2 else targets_M[:, None]),
+            temperature_M=None if temperatures is None else tensor(temperatures[index_M]),
+            computed_N=None if computed_N is None else tensor(computed_N),
         )
 
     if starts_N[-1] < width:  # the padding, as a sequence of its own
@@ -219,13 +232,25 @@ def _collate(
     whole = packed and not shares
     return MicroBatch(
         tokens_BT=tensor(tokens_BT),
-        loss=positions(carries_N),
-        others=positions(~carries_N),
+        loss=positions(np.flatnonzero(carries_N)),
+        others=positions(np.flatnonzero(~carries_N), once=shares),
         positions_BT=tensor(positions_BT) if shares or packed else None,
         ends_BT=tensor(ends_BT) if shares or packed else None,
         starts_N=tensor(starts_N.astype(np.int32)) if whole else None,
         longest=int(np.diff(starts_N).max()) if whole else 0,
     )
+
+
+def _first_alike(place_N: np.ndarray, targets_N: np.ndarray, temperature_N: np.ndarray | None) -> np.ndarray:
+    """Of each position the first in its place, if target and temperature are the same, else itself."""
+    own_N = np.arange(len(place_N))
+    first = np.empty(place_N.max() + 1, dtype=np.int64)
+    first[place_N[::-1]] = own_N[::-1]
+    first_N = first[place_N]
+    same_N = (targets_N == targets_N[first_N]).reshape(len(own_N), -1).all(-1)
+    if temperature_N is not None:
+        same_N &= temperature_N == temperature_N[first_N]
+    return np.where(same_N, first_N, own_N)
 
 
 def _temperatures(data_D: Sequence[Datum]) -> np.ndarray | None:

@@ -69,11 +69,11 @@ class ScalarTrainer(Trainer):
         """(N, 1) fp32 scalars of the positions with weight, and of the rest."""
         assert self.scalar_head is not None
         hidden_RH = self._hidden(batch)
-        loss_NH, others_NH = (
-            hidden_RH.index_select(0, at.rows_N).to(self.compute_dtype) for at in (batch.loss, batch.others)
+        loss_MH, others_MH = (
+            hidden_RH.index_select(0, at.rows_M).to(self.compute_dtype) for at in (batch.loss, batch.others)
         )
         head_H1 = self.scalar_head.T.float()  # FSDP gathers it in bf16
-        return loss_NH.float() @ head_H1, others_NH.float() @ head_H1
+        return batch.loss.of_each(loss_MH.float() @ head_H1), batch.others.of_each(others_MH.float() @ head_H1)
 
     def _check_head(self) -> None:
         """A model's operations on its logits do not affect a scalar."""

@@ -344,13 +344,15 @@ class Trainer:
         hidden_RH, head_VH = self._hidden(batch), self._head()
         loss_NK, others_NK = (
             self._compiled(
-                lambda at=at: target_logprobs(
-                    hidden_RH.index_select(0, at.rows_N).to(self.compute_dtype),
-                    head_VH,
-                    at.targets_NK,
-                    at.temperature_N,
-                    self.transform,
-                    self.compiles,
+                lambda at=at: at.of_each(
+                    target_logprobs(
+                        hidden_RH.index_select(0, at.rows_M).to(self.compute_dtype),
+                        head_VH,
+                        at.targets_MK,
+                        at.temperature_M,
+                        self.transform,
+                        self.compiles,
+                    )
                 )
             )
             for at in (batch.loss, batch.others)
