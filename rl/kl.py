@@ -61,8 +61,10 @@ class Reference:
         self._client, self._without_adapter = client, without_adapter
 
     async def logprobs(self, data_D: Sequence[Datum]) -> list[np.ndarray]:
-        """(T,) per datum, at each token's sampling temperature."""
-        output = await self._client.forward(data_D, "importance_sampling", without_adapter=self._without_adapter)
+        """(T,) per datum, at each token's sampling temperature; NaN at tokens that were not sampled."""
+        output = await self._client.forward(
+            data_D, "importance_sampling", without_adapter=self._without_adapter, all_logprobs=False
+        )
         return [out["logprobs"].array for out in output.loss_fn_outputs]
 
 
@@ -97,7 +99,8 @@ def other_model(
 def sampled_minus_reference(rows: Sequence[Row], reference_logprobs_D: Sequence[np.ndarray]) -> list[np.ndarray]:
     """d, (T,) per row, 0 outside the mask."""
     return [
-        (row.logprobs_T - reference_T) * row.mask_T for row, reference_T in zip(rows, reference_logprobs_D, strict=True)
+        np.where(row.mask_T > 0, row.logprobs_T - reference_T, 0)
+        for row, reference_T in zip(rows, reference_logprobs_D, strict=True)
     ]
 
 

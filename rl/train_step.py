@@ -205,11 +205,10 @@ class _Passes:
             return
         config = self._learner.config
         data_D, kept_D = [row.datum() for row in rows], [row.kept for row in rows]
-        terms = [LossTerm(data_D, config.loss_fn, config.loss_fn_config, kept_D)]
+        terms = [LossTerm(data_D, config.loss_fn, config.loss_fn_config, kept_D, all_logprobs=False)]
         if supervised := [extra for row in rows for extra in row.supervised]:
-            terms.append(
-                LossTerm([datum for datum, _ in supervised], "cross_entropy", None, [kept for _, kept in supervised])
-            )
+            data, kept = zip(*supervised, strict=True)
+            terms.append(LossTerm(data, "cross_entropy", None, kept, all_logprobs=False))
         self._terms.append(terms)
         self._sampled_D += [None] * len(data_D) if self._steps else sampled_D
         self._outputs.append(_spanned(self._learner.client.forward_backward_terms(terms)))

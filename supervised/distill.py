@@ -71,7 +71,7 @@ class TopK:
     """The objective. `train_teacher_kl` is a mean over the trained tokens."""
 
     async def passes(self, client: TrainingClient, batch: list[Datum]) -> list[Pass]:
-        return [(batch, client.forward_backward(batch, top_k_cross_entropy))]
+        return [(batch, client.forward_backward(batch, top_k_cross_entropy, all_logprobs=False))]
 
     def metrics(self, batch: list[Datum], outputs: Sequence[ForwardBackwardOutput]) -> Metrics:
         metrics = outputs[0].metrics
@@ -174,7 +174,7 @@ class Evaluator:
         self._nll, self._batches_B = NLLEvaluator(plain), [targets.get_batch(i) for i in range(len(targets))]
 
     async def __call__(self, client: TrainingClient) -> Metrics:
-        submitted = [client.forward(batch, top_k_cross_entropy) for batch in self._batches_B]
+        submitted = [client.forward(batch, top_k_cross_entropy, all_logprobs=False) for batch in self._batches_B]
         parts = [(await future).metrics for future in submitted]
         tokens = sum(part["num_loss_tokens:sum"] for part in parts)
         total = sum(part["teacher_kl:mean"] * part["num_loss_tokens:sum"] for part in parts)

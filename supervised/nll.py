@@ -59,7 +59,7 @@ class NLLEvaluator:
         self._name, self._bytes = name, -1
 
     async def __call__(self, client: "TrainingClient") -> dict[str, float]:
-        submitted = [(batch, client.forward(batch, "cross_entropy")) for batch in self._batches]
+        submitted = [(batch, client.forward(batch, "cross_entropy", all_logprobs=False)) for batch in self._batches]
         sums = [
             nll_sums(batch, [out["logprobs"] for out in (await future).loss_fn_outputs]) for batch, future in submitted
         ]

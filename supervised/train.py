@@ -52,7 +52,7 @@ class CrossEntropy:
     """`train_mean_nll` is a mean over tokens, `train_weighted_nll` the trained mean (nll.py)."""
 
     async def passes(self, client: TrainingClient, batch: list[Datum]) -> list[Pass]:
-        return [(batch, client.forward_backward(batch, "cross_entropy"))]
+        return [(batch, client.forward_backward(batch, "cross_entropy", all_logprobs=False))]
 
     def metrics(self, batch: list[Datum], outputs: Sequence[ForwardBackwardOutput]) -> Metrics:
         sums = nll_sums(batch, [out["logprobs"] for out in outputs[0].loss_fn_outputs])

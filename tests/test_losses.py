@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
+from posttrain.backend import logprobs
 from posttrain.backend.batching import micro_batches
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.data_checks import check_data, check_finite, resolve_loss
 from posttrain.backend.errors import ConfigError, ContextLengthError, DataError, NonFiniteError
-from posttrain.backend.logprobs import LogitTransform, target_logprobs
+from posttrain.backend.logprobs import LogitTransform, fp32_logits, target_logprobs
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.losses import LOSSES
 from posttrain.backend.trainer import Trainer
@@ -455,8 +456,14 @@ def test_a_micro_batch_may_lack_a_loss() -> None:
 
 @pytest.mark.parametrize("transform", [LogitTransform(0.25), LogitTransform(softcap=3.0), LogitTransform(2.0, 5.0)])
 @pytest.mark.parametrize("tempered", [False, True])
-def test_scaled_and_capped_logits_forward_and_backward(transform: LogitTransform, tempered: bool, monkeypatch) -> None:  # noqa: ANN001
-    monkeypatch.setattr("posttrain.backend.logprobs.CHUNK_ELEMENTS", dict.fromkeys(("cpu", "cuda"), 60))
+@pytest.mark.parametrize("kept", [0, 1, 3])  # of three chunks, on a GPU with so much room
+def test_scaled_and_capped_logits_forward_and_backward(
+    transform: LogitTransform, tempered: bool, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed = []
+    monkeypatch.setattr(logprobs, "CHUNK_ELEMENTS", dict.fromkeys(("cpu", "cuda"), 60))
+    monkeypatch.setattr(logprobs, "_kept", lambda *_: kept)
+    monkeypatch.setattr(logprobs, "fp32_logits", lambda *x: computed.append(len(x[0])) or fp32_logits(*x))
     torch.manual_seed(0)
     hidden, head = (torch.randn(size, 8, requires_grad=True) for size in (7, 20))
     targets, temperature = torch.randint(20, (7, 2)), torch.rand(7) + 0.5 if tempered else None
@@ -470,6 +477,7 @@ def test_scaled_and_capped_logits_forward_and_backward(transform: LogitTransform
     theirs = torch.autograd.grad((expected * weight).sum(), (hidden, head))
     for ours, gradient in zip(torch.autograd.grad((found * weight).sum(), (hidden, head)), theirs, strict=True):
         assert torch.allclose(ours, gradient, atol=rounded(1e-5))
+    assert computed == [3, 3, 1] + [3, 3, 1][: 3 - kept]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])

@@ -14,9 +14,10 @@ from posttrain.backend import prompt_scores
 from posttrain.backend.batching import micro_batches
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import DataError
+from posttrain.backend.logprobs import target_logprobs
 from posttrain.backend.spans import Span
 from posttrain.backend.trainer import Trainer
-from posttrain.backend.types import Datum, ModelInput
+from posttrain.backend.types import Datum, LoraConfig, ModelInput
 from posttrain.tracking import plots, progress, transcripts
 from posttrain.tracking.progress import counted
 from posttrain.tracking.run_folder import RunFolder
@@ -29,7 +30,7 @@ from rl.rollout_state import group_from_json, group_to_json
 from rl.rollouts import do_single_rollout
 from rl.types import Env, EnvGroupBuilder, StepResult, TokensWithLogprobs, Trajectory, TrajectoryGroup
 from supervised.data import datum_from_tokens_weights
-from tests.conftest import ROUNDING, gradients, random_tokens, rounded
+from tests.conftest import ROUNDING, gradients, policy_data, random_tokens, rounded
 
 NEW = list(range(1000, 1050))  # above 256 each int is an object
 
@@ -131,6 +132,34 @@ def test_what_data_of_a_row_share_gets_its_logprobs_once() -> None:
         assert np.allclose(output["logprobs"].array, alone["logprobs"].array, atol=rounded(5e-6))
     for name, gradient in gradients(trainer).items():
         assert (gradients_of_row[name] - gradient).norm() <= ROUNDING * gradient.norm(), name
+
+
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=2)])
+def test_a_loop_that_reads_losses_alone_computes_no_other_logprobs(
+    lora: LoraConfig | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+
+    def counting(hidden_NH: torch.Tensor, *rest: Any) -> torch.Tensor:
+        computed.append(len(hidden_NH))
+        return target_logprobs(hidden_NH, *rest)
+
+    trainer, data = Trainer("tiny", BackendConfig(engine="torch"), lora=lora), policy_data(6)
+    data[2].loss_fn_inputs["mask"].array[:] = 0  # nothing of it is computed
+    mask_N = np.concatenate([datum.loss_fn_inputs["mask"].array for datum in data]) > 0
+    monkeypatch.setattr("posttrain.backend.trainer.target_logprobs", counting)
+    results = []
+    for wanted in (True, False):
+        computed.clear()
+        output = trainer.run(data, "importance_sampling", all_logprobs=wanted)
+        assert sum(computed) == (len(mask_N) if wanted else mask_N.sum())
+        results.append((output.metrics, gradients(trainer), output.loss_fn_outputs))
+        trainer.zero_grad()
+    (metrics, gradient, outputs), (metrics_alone, gradient_alone, outputs_alone) = results
+    assert metrics == metrics_alone
+    assert all(torch.equal(gradient[name], gradient_alone[name]) for name in gradient)
+    all_N, alone_N = (np.concatenate([o["logprobs"].array for o in fields]) for fields in (outputs, outputs_alone))
+    assert np.isnan(alone_N[~mask_N]).all() and np.array_equal(alone_N[mask_N], all_N[mask_N])
 
 
 def test_a_long_preparation_counts_what_it_has_done(

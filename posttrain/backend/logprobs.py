@@ -1,5 +1,6 @@
-"""Logprobs of target tokens without the logits: lm_head and logsumexp in chunks of rows, in fp32.
-The backward pass recomputes each chunk. Peak memory is a few chunks of floats, not N * V.
+"""Logprobs of target tokens without all logits: lm_head and logsumexp in chunks of rows, in fp32. The
+backward pass recomputes a chunk's logits, unless there is only one or a GPU has room to keep them.
+Peak memory is a few chunks of floats, not N * V.
 """
 
 import functools
@@ -12,6 +13,7 @@ import torch
 # Rows times vocabulary held at once: 256 MiB of fp32; on a GPU 2 GiB, as smaller chunks leave it
 # idle.
 CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**29, "mps": 2**26}
+SPARE_BYTES = 4 * 2**30  # of a GPU, that kept logits leave free
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,16 @@ def _chunks(num_rows: int, vocabulary: int, device: torch.device) -> list[slice]
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 
+def _kept(chunks: int, chunk_bytes: int, device: torch.device) -> int:
+    """The last chunks whose logits stay for the backward pass: an only one, which the pass would hold
+    anyway, and as many as a GPU has room for."""
+    if chunks < 2 or device.type != "cuda":
+        return int(chunks == 1)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    room = torch.cuda.mem_get_info(device)[0] + cached - SPARE_BYTES - 3 * chunk_bytes
+    return min(chunks, max(room // chunk_bytes, 0))
+
+
 class _TargetLogprobs(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -79,13 +91,19 @@ class _TargetLogprobs(torch.autograd.Function):
         head_used = head.to(hidden.dtype)
         out = torch.empty(targets.shape, dtype=torch.float32, device=hidden.device)
         normaliser = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-        for rows in _chunks(hidden.shape[0], head.shape[0], hidden.device):
+        chunks = _chunks(hidden.shape[0], head.shape[0], hidden.device)
+        chunk_bytes = 4 * chunks[0].stop * head.shape[0] if chunks else 0
+        keep = _kept(len(chunks), chunk_bytes, hidden.device) if any(ctx.needs_input_grad) else 0
+        kept = {}
+        for number, rows in enumerate(chunks):
             temperature_N1 = None if temperature is None else temperature[rows, None]
             run = _compiled(_normalised) if compiled else _normalised
             logits = fp32_logits(hidden[rows], head_used, transform)
             normaliser[rows], out[rows] = run(logits, targets[rows], temperature_N1)
+            if number >= len(chunks) - keep:
+                kept[number] = logits
         ctx.save_for_backward(hidden, head, targets, temperature, normaliser)
-        ctx.transform, ctx.compiled = transform, compiled
+        ctx.transform, ctx.compiled, ctx.kept = transform, compiled, kept
         return out
 
     @staticmethod
@@ -97,8 +115,10 @@ class _TargetLogprobs(torch.autograd.Function):
         head_used = head.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_head = torch.zeros_like(head, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for rows in _chunks(hidden.shape[0], head.shape[0], hidden.device):
-            transformed = fp32_logits(hidden[rows], head_used, ctx.transform)
+        for number, rows in enumerate(_chunks(hidden.shape[0], head.shape[0], hidden.device)):
+            transformed = ctx.kept.pop(number, None)
+            if transformed is None:
+                transformed = fp32_logits(hidden[rows], head_used, ctx.transform)
             temperature_N1 = None if temperature is None else temperature[rows, None]
             run = _compiled(_gradient) if ctx.compiled and ctx.transform == PLAIN else _gradient
             grad_logits = run(

@@ -23,13 +23,15 @@ class LossTerm:
 
     `kept_D` are the rows of these data in a kept forward pass (the output's `kept_D`), with the
     same tokens, targets, temperatures and loss positions: a backward pass continues from there, if
-    the weights have not changed.
+    the weights have not changed. Without `all_logprobs`, where any term wants them, positions
+    without loss get NaN, and save the output layer's work there.
     """
 
     data_D: Sequence[Datum]
     loss_fn: str | LossFn
     loss_fn_config: dict[str, Any] | None = None
     kept_D: Sequence[KeptRow | None] | None = None
+    all_logprobs: bool = True
 
 
 @dataclass(frozen=True)
@@ -152,9 +154,11 @@ class RunningTerm:
     def output(self, name: str) -> ForwardBackwardOutput:
         """`name` of every token, and the metrics; data without loss positions have a sum of 0."""
         loss_N = in_float64(torch.cat(self._losses)).cpu() if self._losses else torch.zeros(0)
-        p = torch.cat(self._logprobs).float().cpu().numpy()
-        flat = np.empty((int(self._offsets_D[-1]), *p.shape[1:]), dtype=np.float32)
-        flat[np.concatenate(self._places)] = p
+        targets = self.term.data_D[0].loss_fn_inputs["target_tokens"].array
+        shape = targets.shape[1:] if self._several_targets else ()
+        flat = np.full((int(self._offsets_D[-1]), *shape), np.nan, dtype=np.float32)
+        for place_N, p in zip(self._places, self._logprobs, strict=True):
+            flat[place_N] = p.float().cpu().numpy()
         metrics = {"loss:sum": float(loss_N.sum()), "num_loss_tokens:sum": float(len(loss_N))}
         metrics |= {f"{key}:mean": float(value) / max(len(loss_N), 1) for key, value in self._sums.items()}
         return ForwardBackwardOutput(

@@ -143,13 +143,17 @@ class Trainer:
     # --- passes ----------------------------------------------------------------------------------
 
     def run_without_adapter(
-        self, data_D: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None
+        self,
+        data_D: Sequence[Datum],
+        loss_fn: str | LossFn,
+        loss_fn_config: dict[str, Any] | None = None,
+        all_logprobs: bool = True,
     ) -> ForwardBackwardOutput:
         """The base's logprobs, as before training. ConfigError where all weights are trained."""
         if not isinstance(self.model, PeftModel):
             raise ConfigError("without_adapter: all weights of this model are trained, it has no adapter")
         with self.model.disable_adapter():
-            return self.run(data_D, loss_fn, loss_fn_config, backward=False)
+            return self.run(data_D, loss_fn, loss_fn_config, False, all_logprobs)
 
     def run(
         self,
@@ -157,18 +161,20 @@ class Trainer:
         loss_fn: str | LossFn,
         loss_fn_config: dict[str, Any] | None = None,
         backward: bool = True,
+        all_logprobs: bool = True,
     ) -> ForwardBackwardOutput:
         """Logprobs and loss of every Datum; `backward` adds to the accumulated gradients. A loss
         that is not finite raises NonFiniteError and leaves no gradient. Data with different numbers
-        of targets per token pass one width after the other."""
+        of targets per token pass one width after the other. `all_logprobs`: as of a LossTerm."""
         check_kinds(data_D)
+        term = LossTerm(data_D, loss_fn, loss_fn_config, all_logprobs=all_logprobs)
         if len(widths := by_width(data_D)) < 2:
-            return self.run_terms([LossTerm(data_D, loss_fn, loss_fn_config)], backward)[0]
+            return self.run_terms([term], backward)[0]
         check_data(data_D, resolve_loss(loss_fn, loss_fn_config).required, self.vocabulary, self.max_length)
         outputs = []
         for index_D in widths:
             try:
-                outputs += self.run_terms([LossTerm([data_D[d] for d in index_D], loss_fn, loss_fn_config)], backward)
+                outputs += self.run_terms([replace(term, data_D=[data_D[d] for d in index_D])], backward)
             except NonFiniteError as error:
                 error.datum_indices = [index_D[d] for d in error.datum_indices]
                 raise
@@ -198,8 +204,11 @@ class Trainer:
         _check_one_width(data_D)
         needed_D = [backward and need for term in running for need in term.needs_backward()]
         kept_D = [kept for term in terms for kept in term.kept_D or [None] * len(term.data_D)]
+        others = any(term.all_logprobs for term in terms)
         with self._turn(terms), out_of_memory.explained(data_D, self.config):
-            for batch, p_NK, others_NK, differentiate in self._forward(data_D, needed_D, backward, keep, kept_D):
+            for batch, p_NK, others_NK, differentiate in self._forward(
+                data_D, needed_D, backward, keep, kept_D, others
+            ):
                 with torch.set_grad_enabled(differentiate):
                     self._lose(running, batch, p_NK, differentiate)
                 for term in running:
@@ -236,9 +245,10 @@ class Trainer:
         backward: bool,
         keep: bool,
         kept_D: Sequence[KeptRow | None],
+        others: bool,
     ) -> Iterator[tuple[MicroBatch, torch.Tensor, torch.Tensor, bool]]:
-        """Micro-batches, the logprobs of positions with and without loss, and whether the former
-        need gradients."""
+        """Micro-batches, the logprobs of positions with and, for `others`, without loss, and whether
+        the former need gradients."""
         if backward:
             kept, self.kept = self.kept, None
             if kept and (part := kept.of(kept_D)):
@@ -251,6 +261,7 @@ class Trainer:
             # of several batches, the activations would exceed the token budget
             keep_this = keep and not backward and len(batches) == 1
             for batch in batches:
+                batch = batch if others else replace(batch, others=batch.others.none_of())
                 with torch.set_grad_enabled(differentiate or keep_this):
                     p_NK, others_NK = self._logprobs(batch)
                 others_NK = others_NK.detach()

@@ -215,13 +215,18 @@ class TrainerGroup:
         loss_fn: str | LossFn,
         loss_fn_config: dict[str, Any] | None = None,
         backward: bool = True,
+        all_logprobs: bool = True,
     ) -> ForwardBackwardOutput:
-        return self._call("run", data_D, loss_fn, loss_fn_config, backward)
+        return self._call("run", data_D, loss_fn, loss_fn_config, backward, all_logprobs)
 
     def run_without_adapter(
-        self, data_D: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None
+        self,
+        data_D: Sequence[Datum],
+        loss_fn: str | LossFn,
+        loss_fn_config: dict[str, Any] | None = None,
+        all_logprobs: bool = True,
     ) -> ForwardBackwardOutput:
-        return self._call("run_without_adapter", data_D, loss_fn, loss_fn_config)
+        return self._call("run_without_adapter", data_D, loss_fn, loss_fn_config, all_logprobs)
 
     def run_terms(
         self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False

@@ -70,17 +70,25 @@ class TrainingClient(Ready):
         loss_fn_config: dict[str, Any] | None = None,
         *,
         without_adapter: bool = False,
+        all_logprobs: bool = True,
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Loss and logprobs, no gradient. `without_adapter`: those of a LoRA model's base."""
+        """Loss and logprobs, no gradient. `without_adapter`: those of a LoRA model's base. Without
+        `all_logprobs` tokens that carry no loss get NaN, which takes less time."""
         if without_adapter:
-            return self._thread.submit(self._trainer.run_without_adapter, data, loss_fn, loss_fn_config)
-        return self._thread.submit(self._trainer.run, data, loss_fn, loss_fn_config, backward=False)
+            return self._thread.submit(self._trainer.run_without_adapter, data, loss_fn, loss_fn_config, all_logprobs)
+        return self._thread.submit(self._trainer.run, data, loss_fn, loss_fn_config, False, all_logprobs)
 
     def forward_backward(
-        self, data: Sequence[Datum], loss_fn: str | LossFn, loss_fn_config: dict[str, Any] | None = None
+        self,
+        data: Sequence[Datum],
+        loss_fn: str | LossFn,
+        loss_fn_config: dict[str, Any] | None = None,
+        *,
+        all_logprobs: bool = True,
     ) -> APIFuture[ForwardBackwardOutput]:
-        """Adds the gradient of the summed loss to the gradients since the last optim_step."""
-        return self._submit_pass(self._trainer.run, data, loss_fn, loss_fn_config)
+        """Adds the gradient of the summed loss to the gradients since the last optim_step.
+        `all_logprobs` as in `forward`."""
+        return self._submit_pass(self._trainer.run, data, loss_fn, loss_fn_config, True, all_logprobs)
 
     def forward_terms(self, terms: Sequence[LossTerm], keep: bool = False) -> APIFuture[list[ForwardBackwardOutput]]:
         """As `forward`, for several losses in one pass. `keep`: the next forward_backward of these
