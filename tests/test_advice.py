@@ -194,7 +194,7 @@ def test_bits_per_byte_by_hand():
         logprobs.append(TensorData(np.full(len(tokens) - 1, -bits * math.log(2), dtype=np.float32)))
 
     class Client:
-        async def forward(self, batch, loss):
+        async def forward(self, batch, loss, *, all_logprobs):
             return SimpleNamespace(loss_fn_outputs=[{"logprobs": each} for each in logprobs])
 
         def get_tokenizer(self):
