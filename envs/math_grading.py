@@ -2,8 +2,9 @@ r"""Decides whether two answers are equal, never by substring. The first rule th
 
 1. The same text after math_answers.normalise.
 2. Two numbers, exactly, as fractions: 1,000 = 1000.0; 1/2 = \frac12 = 0.5; 1/3 is not 0.333. Units
-  are compared where both have one: 5 cm = 5, but not 5 km; 50% = 50; 36\pi cm^3 = 36\pi. 1011_2 is neither 1011 nor 11.
-  5 m is 5, and 5m a product, as 6xy is. 1\frac12 is 3/2; 1\frac32, which may be 3/2, too, is no number. Ratios, as math_verify has them: 3:4 = 6:8 = 3/4. Times of day:
+  are compared where both have one: 5 cm = 5, but not 5 km; 50% = 50; 36\pi cm^3 = 36\pi. 1011_2 is
+  neither 1011 nor 11. 5 m is 5, and 5m a product, as 6xy is. 1\frac12 is 3/2; 1\frac32, which may be a
+  product, is no number. Ratios, as math_verify has them: 3:4 = 6:8 = 3/4. Times of day:
   2:30 is neither 1:15 nor 1/15, 10:00 not 10; 2:30 p.m. = 14:30, and = 2:30, like a unit.
 3. Inequalities and intervals, by their ends: x>3 is (3,\infty).
 4. Lists and tuples by element, with the same brackets; the order is free in braces or without
