@@ -29,8 +29,10 @@ _ANSWER = re.compile(rf"answer is:?[\s(*]*{_ONE}")
 # what else begins an answer, as in simple-evals ("Answer: C") and MMLU-Pro's code
 _STATED = re.compile(r"(?i:answer)(?:\s+is\b|[*_]{0,2}\s?:)|(?i:(?:correct|right|best)\s(?:option|choice)\s+is)\b")
 _OPENING = r"[\s:*_(\[`\"'$]*(?:\\(?:boxed|text|mathrm|mathbf)\{\s*)*(?:(?i:option|choice|letter)\s+[(*\[]*)?"
-# and no letter that is denied
-_FIRST = re.compile(rf"{_OPENING}{_ONE}(?![\s)*]*(?:is|are)\s+(?:not|wrong|incorrect|false)\b)")
+# and no letter that is denied, or is the article of "A plant"
+_FIRST = re.compile(
+    rf"{_OPENING}(?!A\s+(?!(?:because|since|as|is)\b)[a-z]){_ONE}(?![\s)*]*(?:is|are)\s+(?:not|wrong|incorrect|false)\b)"
+)
 _ALONE = re.compile(r"[\s*_(\[`$]*(?:\\boxed\{)?([A-Z])[\s*_)\]`$.:}]*")
 _LETTERED = re.compile(r"[\s*_(\[`]*([A-Z])[*_)\].:`]+\s+(.*)")
 _READ = 300  # characters of an answer

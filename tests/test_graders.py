@@ -100,6 +100,7 @@ UNSTATED = [
     *("Answer: A or B", "Answer: A/B", "Answer: Both B and C", "The answer is not C", "Answer: C is wrong"),
     *("A\nB\nC\nD", "A. A cell wall\nB. photosynthesis\nC. heat\nD. 30 km/h", "(A) and (B)", "photosynthesis\nheat"),
     *("Answer: E", "The answer is E.", "Answer:", "", "Answer: Carbon", "A cell", "C. photosynthesis", "A plant"),
+    *("Answer: A plant needs it", "Answer: I think so", "The best option is A walk"),
 ]
 
 
