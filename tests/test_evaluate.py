@@ -119,7 +119,9 @@ def test_paired_differences_by_hand() -> None:
     assert paired_difference([None], [1.0])[2] == 0
     found = differences({"correct": [1.0, 1.0, 0.0]}, {"correct": [0.0, 1.0, 0.0], "other": [1.0, 1.0, 1.0]}, {})
     assert list(found) == ["correct"]
-    assert interval_text(found["correct"]) == "+0.333 [-0.32, +0.987]"
+    assert interval_text(found["correct"]) == "+0.333 [-1.1, +1.77]"  # 4.303 standard errors: of 3 problems
+    assert interval_text(Estimate(0.0, 1.0, 31)) == "+0 [-2.04, +2.04]"
+    assert interval_text(Estimate(0.0, 1.0, 32)) == "+0 [-1.96, +1.96]"
     # the same difference unpaired has a larger error: 0.47 against 0.33
     unpaired = sum(mean_and_stderr(values)[1] ** 2 for values in ([1.0, 1.0, 0.0], [0.0, 1.0, 0.0])) ** 0.5
     assert stderr < unpaired
