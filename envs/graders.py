@@ -88,11 +88,12 @@ class StatedText(Grader):
 
     def extract(self, text: str) -> str | None:
         _, *after = ANSWER_PHRASE.split(text)
-        return _normalised(after[-1].strip().split("\n")[0]) or None if after else None
+        return normalised(after[-1].strip().split("\n")[0]) or None if after else None
 
     async def is_right(self, answer: str, gold: str) -> bool:
-        return answer == _normalised(gold)
+        return answer == normalised(gold)
 
 
-def _normalised(text: str) -> str:
+def normalised(text: str) -> str:
+    """Without case, spaces, and the quotes, brackets and full stops around it."""
     return " ".join(with_ascii_minus(text).casefold().strip(" \t\n.'\"`*[](){}").split())

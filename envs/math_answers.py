@@ -168,6 +168,8 @@ def quantity(answer: str) -> Quantity | None:
     value = _fraction(match["decimal"] or over) * Fraction(10) ** power
     if (over and (divisor := _fraction(under)) == 0) or match["sign"] == match["sign2"] == "-":
         return None
+    if over and whole != "0" and _fraction(over) >= divisor:  # no mixed number: 1\frac32 may be a product
+        return None
     value = _fraction(whole) + value / divisor if over else value
     negative = "-" in (match["sign"], match["sign2"])
     unit = _bare_unit(match["unit"] or "") or _UNIT_OF_CURRENCY[match["currency"] or match["after"]]

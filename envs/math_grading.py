@@ -2,8 +2,9 @@ r"""Decides whether two answers are equal, never by substring. The first rule th
 
 1. The same text after math_answers.normalise.
 2. Two numbers, exactly, as fractions: 1,000 = 1000.0; 1/2 = \frac12 = 0.5; 1/3 is not 0.333. Units
-  are compared where both have one: 5 cm = 5, but not 5 km; 50% = 50; 36\pi cm^3 = 36\pi. 1011_2 is neither 1011 nor 11.
-  5 m is 5, and 5m a product, as 6xy is. Ratios, as math_verify has them: 3:4 = 6:8 = 3/4. Times of day:
+  are compared where both have one: 5 cm = 5, but not 5 km; 50% = 50; 36\pi cm^3 = 36\pi. 1011_2 is
+  neither 1011 nor 11. 5 m is 5, and 5m a product, as 6xy is. 1\frac12 is 3/2; 1\frac32, which may be a
+  product, is no number. Ratios, as math_verify has them: 3:4 = 6:8 = 3/4. Times of day:
   2:30 is neither 1:15 nor 1/15, 10:00 not 10; 2:30 p.m. = 14:30, and = 2:30, like a unit.
 3. Inequalities and intervals, by their ends: x>3 is (3,\infty).
 4. Lists and tuples by element, with the same brackets; the order is free in braces or without
@@ -36,8 +37,15 @@ FREE = ("", "{}")  # brackets of lists without an order
 PATIENCE = 20.0  # limit by the clock, as a multiple of the limit of processor time
 # the spaces of x + 1, but not those of 1 2 and of 1, 234
 _NO_MEANING = re.compile(r"\s+(?!\d)|(?<![\d,])\s+")
-# the products 2(3) and (2)3, which the parser would take for mixed numbers; not of \sin^2(x)
-_PRODUCT = re.compile(r"(?<![\^_]\d)(?<=[\d)])\s*(?=\()|(?<=\))\s*(?=\d)")
+_PAIR = r"\\(?:[cdt]?frac|[dt]?binom)(?=\s*\{)"
+# the products 2(3), (2)3, (2)\frac12 and 2\binom42, which the parser would take for mixed numbers; not of \sin^2(x)
+_PRODUCT = re.compile(
+    rf"(?<![\^_]\d)(?<=[\d)])\s*(?=\()|(?<=\))\s*(?=\d|{_PAIR})|(?<![\^_]\d)(?<=\d)\s*(?=\\[dt]?binom)"
+)
+_DERIVATIVE = re.compile(r"\{\s*(?:d|\\partial)\s*[A-Za-z]\s*\}\Z")
+_MIXED = re.compile(
+    r"(?<![\w.^}\])])(?P<whole>\d+)\s*(?P<part>\\c?frac\s*\{\s*(?P<over>\d+)\s*\}\s*\{\s*(?P<under>\d+)\s*\})"
+)
 
 
 def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
@@ -93,8 +101,29 @@ def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
         return False
     if explodes(answer):
         return False
-    gold, answer = (_PRODUCT.sub(r"\\cdot ", text) for text in (gold, answer))
-    return _symbolically_equal(gold, answer, seconds)
+    if any(int(match["over"]) >= int(match["under"]) for match in _MIXED.finditer(answer)):
+        return False  # 1\frac32: 5/2, or 3/2
+    return _symbolically_equal(with_products(gold), with_products(answer), seconds)
+
+
+def with_products(text: str) -> str:
+    r"""Signs where the parser reads something else: 2\frac12\pi is (2+\frac12)\pi, \frac{4}{2}3 is \frac{4}{2}\cdot 3."""
+    text = _MIXED.sub(r"(\g<whole>+\g<part>)", text)
+    ends = [_group_end(text, _group_end(text, match.end())) for match in re.finditer(_PAIR, text)]
+    for end in sorted(ends, reverse=True):
+        if re.match(rf"\s*(?:[\d.{{(]|{_PAIR})", text[end:]) and not _DERIVATIVE.search(text[:end]):
+            text = text[:end] + r"\cdot " + text[end:]
+    return _PRODUCT.sub(r"\\cdot ", text)
+
+
+def _group_end(text: str, start: int) -> int:
+    """The index after the group in braces that begins at or after `start`; that of the text where it has no end."""
+    depth = 0
+    for match in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
+        depth += {"{": 1, "}": -1}.get(match[0], 0)
+        if depth <= 0:
+            return start + match.end()
+    return len(text)
 
 
 def _symbolically_equal(gold: str, answer: str, seconds: float) -> bool:

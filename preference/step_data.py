@@ -19,7 +19,7 @@ from posttrain.backend.losses import Tensors
 from posttrain.backend.ranges import COUNT, WHOLE
 from posttrain.backend.types import Datum, ModelInput
 from posttrain.renderers.types import Renderer, TrainOnWhat
-from posttrain.tracking.datasets import DrawnDataset, ListDataset
+from posttrain.tracking.datasets import DrawnDataset, ListDataset, held_out
 from posttrain.tracking.progress import counted
 from preference.prm_labels import StepRecord, read_records
 from preference.scored_tokens import scored_tokens
@@ -29,17 +29,15 @@ from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 
 def step_cross_entropy(scalars_N: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
-    """w BCE(scalar, label), labels in [0, 1]; step_dataset makes a batch's weights sum to 1."""
+    """w BCE(scalar, label), labels in [0, 1]; training_batches makes a batch's weights sum to 1."""
     loss_N = binary_cross_entropy_with_logits(scalars_N, inputs["labels"], reduction="none")
     right_N = ((scalars_N > 0) == (inputs["labels"] > 0.5)).float()
     return inputs["weights"] * loss_N, {"accuracy": right_N}
 
 
-def step_dataset(
-    examples: Sequence[Datum], batch_size: int, seed: int = 0, *, shuffle: bool = True
-) -> DrawnDataset[Datum]:
+def training_batches(examples: Sequence[Datum], batch_size: int, seed: int = 0) -> DrawnDataset[Datum]:
     """Batches whose weights add up to 1."""
-    examples_D = ListDataset(examples, batch_size, seed, shuffle=shuffle)
+    examples_D = ListDataset(examples, batch_size, seed)
 
     def batch(epoch: int, index: int) -> list[Datum]:
         batch_D = examples_D.batch(epoch, index)
@@ -108,14 +106,14 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
         train, test = read_records(self.path), read_records(self.test_path) if self.test_path else []
         if self.test_size:
             train, test = self._split(train, test)
-        held_out = {record.input for record in test}
-        if shared := sum(record.input in held_out for record in train):
+        questions = {record.input for record in test}
+        if shared := sum(record.input in questions for record in train):
             print(f"{self.path}: {shared:,} solutions of held-out questions dropped from the training set")
-            train = [record for record in train if record.input not in held_out]
-        train_set = step_dataset(self._data(train, renderer, "training"), self.batch_size, self.seed)
+            train = [record for record in train if record.input not in questions]
+        train_set = training_batches(self._data(train, renderer, "training"), self.batch_size, self.seed)
         if not test:
             return train_set, None
-        return train_set, step_dataset(self._data(test, renderer, "held-out"), self.batch_size, shuffle=False)
+        return train_set, held_out(self._data(test, renderer, "held-out"), self.batch_size)
 
     def _split(self, train: list[StepRecord], test: list[StepRecord]) -> tuple[list[StepRecord], list[StepRecord]]:
         questions = sorted({record.input for record in train})
@@ -125,8 +123,8 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
             )
         # of places: an array of texts takes the room of the longest for each
         chosen = np.random.default_rng(self.seed).permutation(len(questions))[: self.test_size]
-        held_out = {questions[place] for place in chosen}
-        return [record for record in train if record.input not in held_out], [r for r in train if r.input in held_out]
+        drawn = {questions[place] for place in chosen}
+        return [record for record in train if record.input not in drawn], [r for r in train if r.input in drawn]
 
     def _data(self, records: Sequence[StepRecord], renderer: Renderer, kind: str) -> list[Datum]:
         """Prints one line: the number of solutions and the reasons for dropping others."""

@@ -53,18 +53,18 @@ class StepObjective:
 class StepEvaluator:
     """One forward pass over the held-out solutions. `accuracy` is of steps, at their last token;
     `majority` that of always guessing the commoner label; `first_error` the share of solutions
-    whose first step below 1/2 is the first labelled 0. A soft label of at most 1/2 counts as 0.
-    `loss` is the mean of the batches' losses."""
+    whose first step below 1/2 is the first labelled 0. A soft label of at most 1/2 counts as 0."""
 
     def __init__(self, dataset: SupervisedDataset):
         self._batches = [dataset.get_batch(i) for i in range(len(dataset))]
 
     async def __call__(self, client: TrainingClient) -> Metrics:
         submitted = [(batch_D, client.forward(batch_D, step_cross_entropy)) for batch_D in self._batches]
-        losses, right, labels, first_found = [], [], [], []
+        losses, weights, right, labels, first_found = [], [], [], [], []
         for batch_D, future in submitted:
             output = await future
             losses.append(output.metrics["loss:sum"])
+            weights += [datum.loss_fn_inputs["weights"].array.sum(dtype=np.float64) for datum in batch_D]
             for datum, out in zip(batch_D, output.loss_fn_outputs, strict=True):
                 ends_T = datum.loss_fn_inputs["step_ends"].array > 0
                 bad_S, wrong_S = out["scalars"].array[ends_T] <= 0, datum.loss_fn_inputs["labels"].array[ends_T] <= 0.5
@@ -73,7 +73,7 @@ class StepEvaluator:
                 first_found.append(first(bad_S) == first(wrong_S))
         good = float(np.concatenate(labels).mean())
         return {
-            "test/loss": float(np.mean(losses)),
+            "test/loss": sum(losses) / float(np.sum(weights)),
             "test/accuracy": float(np.concatenate(right).mean()),
             "test/majority": max(good, 1 - good),
             "test/first_error": float(np.mean(first_found)),

@@ -28,6 +28,7 @@ from posttrain.backend.types import (
 from posttrain.renderers.types import Tokenizer
 from posttrain.tracking.metrics_log import Metrics
 from rl.data_processing import Row, sampled_in_time, split_by_row
+from rl.metrics import TokenMean
 from rl.types import Trajectory, TrajectoryGroup
 
 if TYPE_CHECKING:  # commands answer before torch is imported
@@ -183,7 +184,7 @@ def _value_metrics(rows: Sequence[Row]) -> Metrics:
     )
     variance = float(returns.var())
     explained = 1 - float((returns - values).var()) / variance if variance else 0.0
-    return {"critic/value_mean": float(values.mean()), "critic/explained_variance": explained}
+    return {"critic/value_mean": TokenMean(values.mean(), len(values)), "critic/explained_variance": explained}
 
 
 @dataclass

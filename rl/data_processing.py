@@ -95,7 +95,7 @@ class _Tokens:
 
 def trajectory_rows(trajectory: Trajectory, with_temperature: bool = False) -> list[Row]:
     """A Row, and a new Row for each observation that extends none of the rows so far: an agent's
-    conversations may take turns.
+    conversations may take turns. A row without a sampled token teaches nothing, and is left out.
 
     Advantages are a batch reward's `token_advantages`, else 0. Tokens are never decoded and encoded
     again. Greedy tokens (temperature 0) have the untempered distribution's logprobs.
@@ -113,7 +113,7 @@ def trajectory_rows(trajectory: Trajectory, with_temperature: bool = False) -> l
         if len(advantages) != len(ac.tokens):
             raise DataError(f"a turn has {len(ac.tokens)} sampled tokens and {len(advantages)} token_advantages")
         running.act(turn, ac.tokens, ac.logprobs, advantages, ac.temperature or 1.0)
-    return [tokens.row(with_temperature) for tokens in rows if len(tokens.tokens) >= 2]
+    return [tokens.row(with_temperature) for tokens in rows if any(tokens.mask[1:])]
 
 
 def rows_of(groups_P: Sequence[TrajectoryGroup]) -> list[Row]:

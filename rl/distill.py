@@ -112,7 +112,7 @@ class Teachers:
                 logprobs_D = await self.opened[path].logprobs([read[i].datum() for i in chosen])
                 for i, teacher_T in zip(chosen, logprobs_D, strict=True):
                     difference_D[i] += _difference(rows[i], read[i], teacher_T) / len(paths)
-        metrics = {"teacher_kl": mean_difference(rows, difference_D)}
+        metrics: Metrics = {"teacher_kl": mean_difference(rows, difference_D)}
         if self.config.teachers:
             by_tag = {tag: ([rows[i] for i in at], [difference_D[i] for i in at]) for tag, at in places.items()}
             metrics |= {f"teacher_kl/{tag or 'rest'}": mean_difference(*part) for tag, part in by_tag.items()}

@@ -46,7 +46,7 @@ from posttrain.tracking.settings import (
     write_settings,
 )
 from rl.evaluation_page import notices, print_results, write_page
-from rl.evaluation_results import Estimates, Values, differences, estimates, problem_values
+from rl.evaluation_results import Estimates, Ratios, Values, differences, estimates, problem_values
 from rl.evaluators import all_groups, merged
 from rl.names import BENCHMARKS, ENVS
 from rl.rollout_state import group_from_json, group_to_json
@@ -100,6 +100,7 @@ class Evaluated:
     label: str
     groups_P: Sequence[TrajectoryGroup]
     values: Values
+    ratios: Ratios
     page: str
 
     def by_tag(self) -> dict[str, Estimates]:
@@ -109,7 +110,7 @@ class Evaluated:
             for tag in set(group.tags):
                 places[tag].append(p)
         return {
-            tag: estimates(self.values, places_T)
+            tag: estimates(self.values, self.ratios, places_T)
             for tag, places_T in sorted(places.items())
             if len(places_T) < len(self.groups_P)
         }
@@ -183,8 +184,8 @@ async def _evaluate(config: Config, model: ModelSource, label: str) -> Evaluated
     ]
     check_failures(groups_P, config.limits)
     page = _transcripts(config, label, groups_P, renderer)
-    values = problem_values(groups_P, config.sample_sizes(), config.env.ratios())
-    return Evaluated(model, label, groups_P, values, page)
+    values = problem_values(groups_P, config.sample_sizes())
+    return Evaluated(model, label, groups_P, values, config.env.ratios(), page)
 
 
 def _open_samples(
@@ -270,7 +271,7 @@ def to_json(config: Config, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
         if not _same_problems(_questions(other), _questions(first)):
             print(f"{other.label} and {first.label} were not given the same problems: no paired differences")
             continue
-        found = differences(other.values, first.values)
+        found = differences(other.values, first.values, first.ratios)
         paired.append({"model": other.label, "baseline": first.label, "metrics": _json(found)})
     models = [
         {
@@ -279,7 +280,7 @@ def to_json(config: Config, evaluated: Sequence[Evaluated]) -> dict[str, Any]:
             "folder": str(one.model.folder) if one.model.folder else None,
             "problems": len(one.groups_P),
             "samples_lost": sum(len(group.errors) for group in one.groups_P),
-            "metrics": _json(estimates(one.values)),
+            "metrics": _json(estimates(one.values, one.ratios)),
             "tags": {tag: _json(found) for tag, found in one.by_tag().items()},
             "transcripts": one.page,
         }

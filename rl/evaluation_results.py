@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 from rl.evaluators import sample_values
 from rl.metrics import mean_by_key
-from rl.sample_metrics import mean_and_stderr, paired_difference, ratio_values
+from rl.sample_metrics import T_975, mean_and_stderr, paired_difference, ratio_values
 from rl.types import Trajectory, TrajectoryGroup
 
 Values = Mapping[str, Sequence[float | None]]  # metric -> its value for each problem, None where it is missing
+Ratios = Mapping[str, tuple[str, str]]  # metric -> the two whose sums over problems it divides
 FIRST = ("correct", "pass@", "maj@", "reward", "best@")  # in a table
 ROUNDING = 1e-12  # a smaller standard error is that of equal values
-INTERVAL = 1.96  # standard errors of a 95 % interval
+INTERVAL = 1.96  # standard errors of a 95 % interval of more problems than Student's t is known for
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,12 @@ class Estimate:
 Estimates = dict[str, Estimate]
 
 
-def problem_values(
-    groups_P: Sequence[TrajectoryGroup], ks: Sequence[int], ratios: Mapping[str, tuple[str, str]]
-) -> Values:
-    """Means over a problem's samples (its group's members), and pass@k, maj@k, best@k. A ratio of
-    sums has linearised values (`ratio_values`). A problem whose samples were all lost has None."""
+def problem_values(groups_P: Sequence[TrajectoryGroup], ks: Sequence[int]) -> Values:
+    """Means over a problem's samples (its group's members), and pass@k, maj@k, best@k. A problem whose
+    samples were all lost has None."""
     means_P = [_means(group) for group in groups_P]
     names = dict.fromkeys(name for means in means_P for name in means)
     values: dict[str, list[float | None]] = {name: [means.get(name) for means in means_P] for name in names}
-    for name, (above, below) in ratios.items():
-        pairs_P = [(means.get(above), means.get(below)) for means in means_P]
-        present = [(x, y) for x, y in pairs_P if x is not None and y is not None]
-        if sum(y for _, y in present):
-            remaining = iter(ratio_values(*zip(*present, strict=True)))
-            values[name] = [None if None in pair else next(remaining) for pair in pairs_P]
     return values | {
         name: of_P for name, of_P in sample_values(groups_P, ks).items() if name not in ("best@1", "maj@1")
     }
@@ -77,20 +70,37 @@ def _of_episode(trajectory: Trajectory) -> dict[str, float]:
     return mean_by_key(turn.metrics for turn in turns) | counts
 
 
-def estimates(values: Values, places: Sequence[int] | None = None) -> Estimates:
+def _with_ratios(values: Values, ratios: Ratios) -> Values:
+    """And ratios of sums over these problems, as linearised values (`ratio_values`)."""
+    found = {**values}
+    for name, parts in ratios.items():
+        if not values.keys() >= {*parts}:
+            continue
+        pairs_P = [*zip(*(values[part] for part in parts), strict=True)]
+        present = [(x, y) for x, y in pairs_P if x is not None and y is not None]
+        if sum(y for _, y in present):
+            remaining = iter(ratio_values(*zip(*present, strict=True)))
+            found[name] = [None if None in pair else next(remaining) for pair in pairs_P]
+    return found
+
+
+def estimates(values: Values, ratios: Ratios, places: Sequence[int] | None = None) -> Estimates:
     """The mean of each metric, of the problems at `places` (None: all), best known first."""
-    found: Estimates = {}
+    if places is not None:
+        values = {name: [of_P[place] for place in places] for name, of_P in values.items()}
+    values, found = _with_ratios(values, ratios), Estimates()
     for name in sorted(values, key=_rank):
-        chosen = values[name] if places is None else [values[name][place] for place in places]
-        present = [value for value in chosen if value is not None]
+        present = [value for value in values[name] if value is not None]
         if present:
             mean, stderr = mean_and_stderr(present)
             found[name] = Estimate(mean, stderr if len(present) > 1 else float("nan"), len(present))
     return found
 
 
-def differences(values: Values, baseline: Values) -> Estimates:
+def differences(values: Values, baseline: Values, ratios: Ratios) -> Estimates:
     """Of the metrics that both models have. The problems must be the same, in the same order."""
+    of_both = _of_both(values, baseline, ratios), _of_both(baseline, values, ratios)
+    values, baseline = (_with_ratios(of_one, ratios) for of_one in of_both)
     found: Estimates = {}
     for name in sorted(values.keys() & baseline.keys(), key=_rank):
         mean, stderr, problems = paired_difference(values[name], baseline[name])
@@ -99,11 +109,24 @@ def differences(values: Values, baseline: Values) -> Estimates:
     return found
 
 
+def _of_both(values: Values, others: Values, ratios: Ratios) -> Values:
+    """The values, those of the ratios' parts at the problems alone that the other model has, too."""
+    parts = {part for pair in ratios.values() for part in pair} & values.keys() & others.keys()
+    return {
+        **values,
+        **{
+            part: [x if y is not None else None for x, y in zip(values[part], others[part], strict=True)]
+            for part in parts
+        },
+    }
+
+
 def interval_text(difference: Estimate) -> str:
-    """The difference with its 95 % interval."""
+    """The difference with its 95 % interval; of few problems by Student's t."""
     if not difference.stderr >= 0:
         return f"{difference.mean:+.3g}"
-    margin = INTERVAL * difference.stderr
+    few = difference.problems - 1 <= len(T_975)
+    margin = (T_975[difference.problems - 2] if few else INTERVAL) * difference.stderr
     return f"{difference.mean:+.3g} [{difference.mean - margin:+.3g}, {difference.mean + margin:+.3g}]"
 
 

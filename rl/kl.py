@@ -21,6 +21,7 @@ from posttrain.backend.tokenizers import check_vocabulary
 from posttrain.backend.types import Datum, LoraConfig
 from posttrain.renderers.types import Tokenizer
 from rl.data_processing import Row, sampled_in_time, split_by_row
+from rl.metrics import TokenMean
 from rl.types import Metrics, TrajectoryGroup
 
 if TYPE_CHECKING:  # commands answer before torch is imported
@@ -109,13 +110,14 @@ def kl_metrics(rows: Sequence[Row], difference_D: Sequence[np.ndarray]) -> Metri
     - 1 + d, never negative."""
     mask = np.concatenate([row.mask_T for row in rows]) > 0
     d = np.concatenate(difference_D)[mask].astype(np.float64)
-    return {"kl_policy_base": float(d.mean()), "kl_policy_base_k3": float((np.expm1(-d) + d).mean())}
+    means = {"kl_policy_base": d.mean(), "kl_policy_base_k3": (np.expm1(-d) + d).mean()}
+    return {name: TokenMean(mean, len(d)) for name, mean in means.items()}
 
 
-def mean_difference(rows: Sequence[Row], difference_D: Sequence[np.ndarray]) -> float:
+def mean_difference(rows: Sequence[Row], difference_D: Sequence[np.ndarray]) -> TokenMean:
     """The mean of d per sampled token."""
-    tokens = sum(float(row.mask_T.sum()) for row in rows)
-    return sum(float(d_T.sum(dtype=np.float64)) for d_T in difference_D) / tokens
+    tokens = sum(int(row.mask_T.sum()) for row in rows)
+    return TokenMean(sum(float(d_T.sum(dtype=np.float64)) for d_T in difference_D) / tokens, tokens)
 
 
 def penalized_advantages(

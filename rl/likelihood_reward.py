@@ -63,7 +63,10 @@ class LikelihoodReward(BatchReward):
 
     async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
         members = [
-            (group, g) for group in groups_P for g, member in enumerate(group.trajectories_G) if member.transitions
+            (group, g)
+            for group in groups_P
+            for g, member in enumerate(group.trajectories_G)
+            if member.num_sampled_tokens
         ]
         if not members:
             return {}

@@ -14,6 +14,17 @@ PERCENTS = (1, 50, 99)
 GOOD_REWARD = 0.5  # a constant group at or above it counts as all good
 
 
+class TokenMean(float):
+    """A mean over sampled tokens, with their number, by which the minibatches of a step are joined."""
+
+    tokens: int
+
+    def __new__(cls, mean: float, tokens: int) -> "TokenMean":
+        self = super().__new__(cls, mean)
+        self.tokens = tokens
+        return self
+
+
 def compute_sampling_metrics(data_D: Sequence[Datum], trainer_logprobs_D: Sequence[TensorData]) -> Metrics:
     """Sampler against trainer on the sampled tokens: KL estimates v1 = mean(q - p) and v2 = mean((q
     - p)^2) / 2, the gap, quantiles of the ratio p / q, and the entropy (the mean of -q, which
@@ -23,13 +34,13 @@ def compute_sampling_metrics(data_D: Sequence[Datum], trainer_logprobs_D: Sequen
     sampled = np.concatenate([datum.loss_fn_inputs["logprobs"].array for datum, _ in pairs])[mask].astype(np.float64)
     trained = np.concatenate([logprobs.array for _, logprobs in pairs])[mask].astype(np.float64)
     gap = sampled - trained
-    quantiles = np.percentile(np.exp(-gap), PERCENTS)
+    quantiles, tokens = np.percentile(np.exp(-gap), PERCENTS), len(gap)
     return {
-        "optim/kl_sample_train_v1": float(gap.mean()),
-        "optim/kl_sample_train_v2": float(0.5 * np.square(gap).mean()),
-        "optim/logprob_gap_mean": float(np.abs(gap).mean()),
+        "optim/kl_sample_train_v1": TokenMean(gap.mean(), tokens),
+        "optim/kl_sample_train_v2": TokenMean(0.5 * np.square(gap).mean(), tokens),
+        "optim/logprob_gap_mean": TokenMean(np.abs(gap).mean(), tokens),
         "optim/logprob_gap_max": float(np.abs(gap).max()),
-        "optim/entropy": float(-sampled.mean()),
+        "optim/entropy": TokenMean(-sampled.mean(), tokens),
         **{f"optim/ratio_p{percent:02d}": float(value) for percent, value in zip(PERCENTS, quantiles, strict=True)},
     }
 

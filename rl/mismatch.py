@@ -16,7 +16,7 @@ import numpy as np
 
 from posttrain.backend.ranges import NON_NEGATIVE
 from rl.data_processing import Row
-from rl.metrics import compute_sampling_metrics
+from rl.metrics import TokenMean, compute_sampling_metrics
 from rl.types import Metrics
 
 if TYPE_CHECKING:  # commands answer before torch is imported
@@ -54,10 +54,10 @@ async def corrected(
     w, weight = (np.concatenate(arrays)[mask] for arrays in zip(*weights, strict=True))
     effective = float(weight.sum() ** 2 / (len(weight) * np.square(weight).sum())) if weight.any() else 0.0
     return new_rows, metrics | {
-        "mismatch/weight_mean": float(w.mean()),
+        "mismatch/weight_mean": TokenMean(w.mean(), len(w)),
         "mismatch/weight_max": float(w.max()),
-        "mismatch/frac_changed": float((weight != w).mean()),
-        "mismatch/effective_sample_size": effective,
+        "mismatch/frac_changed": TokenMean((weight != w).mean(), len(w)),
+        "mismatch/effective_sample_size": TokenMean(effective, len(w)),
     }
 
 

@@ -42,18 +42,12 @@ from rl.distill import Teachers
 from rl.group_sources import GroupSource
 from rl.kl import Reference, kl_metrics, penalized_advantages, penalized_rewards, sampled_minus_reference
 from rl.length import length_penalized
-from rl.metrics import compute_sampling_metrics, mean_by_key
+from rl.metrics import TokenMean, compute_sampling_metrics, mean_by_key
 from rl.mismatch import corrected
 from rl.rollouts import lose_game
 from rl.types import BatchReward, Metrics, TrajectoryGroup
 
 T = TypeVar("T")
-
-PER_TOKEN = {  # weighed by sampled tokens
-    *("kl_policy_base", "kl_policy_base_k3", "teacher_kl", "critic/value_mean"),
-    *("optim/kl_sample_train_v1", "optim/kl_sample_train_v2", "optim/logprob_gap_mean", "optim/entropy"),
-    *("mismatch/weight_mean", "mismatch/frac_changed", "mismatch/effective_sample_size"),
-}
 
 
 @dataclass
@@ -90,7 +84,6 @@ async def train_step(
     trained on."""
     config, outcome = learner.config, StepOutcome()
     of_minibatches: list[Metrics] = []
-    tokens: list[int] = []  # sampled, of each minibatch's groups that are trained on
     steps_per_minibatch = max(1, config.num_substeps // source.num_minibatches)
     minibatches_per_step = max(1, source.num_minibatches // config.num_substeps)
     passes = _Passes(learner, adam, minibatches_per_step)
@@ -102,9 +95,6 @@ async def train_step(
             break
         rows, sampled_D = await _prepare(learner, groups, step, outcome, minibatch_metrics := {})
         of_minibatches.append(minibatch_metrics)
-        advantages_P = outcome.advantages_P[-len(groups) :]
-        trained = [group for group, advantages_G in zip(groups, advantages_P, strict=True) if advantages_G is not None]
-        tokens.append(sum(t.num_sampled_tokens for group in trained for t in group.trajectories_G))
         for part in split_substeps(list(zip(rows, sampled_D, strict=True)), steps_per_minibatch):
             passes.forward_backward([row for row, _ in part], [sampled_T for _, sampled_T in part])
             if minibatches_per_step == 1:
@@ -113,7 +103,7 @@ async def train_step(
             passes.optim_step()
     passes.optim_step()
     with timed(metrics, "train"):
-        metrics |= await passes.metrics(step, outcome) | metrics_of_step(of_minibatches, tokens)
+        metrics |= await passes.metrics(step, outcome) | metrics_of_step(of_minibatches)
     metrics |= _group_counts(outcome, source)
     return outcome
 
@@ -272,20 +262,20 @@ def _spanned(future: APIFuture[T]) -> asyncio.Task[T]:
     return asyncio.create_task(wait())
 
 
-def metrics_of_step(of_minibatches: Sequence[Metrics], tokens: Sequence[int]) -> Metrics:
-    """Seconds are added, a maximum is the largest, and PER_TOKEN are weighed by `tokens` of each
-    minibatch. Anything else is the mean of the minibatches that have it."""
+def metrics_of_step(of_minibatches: Sequence[Metrics]) -> Metrics:
+    """Seconds are added, a maximum is the largest, a TokenMean that of all tokens. Anything else is the
+    mean of the minibatches that have it."""
     out = mean_by_key(of_minibatches)
     if len(of_minibatches) == 1:  # exact as it is
         return out
     for name in out:
-        having = [(m[name], count) for m, count in zip(of_minibatches, tokens, strict=True) if name in m]
+        having = [metrics[name] for metrics in of_minibatches if name in metrics]
         if name.startswith("time/"):
-            out[name] = sum(value for value, _ in having)
+            out[name] = sum(having)
         elif name.endswith("_max"):
-            out[name] = max(value for value, _ in having)
-        elif name in PER_TOKEN:
-            out[name] = sum(value * count for value, count in having) / max(sum(count for _, count in having), 1)
+            out[name] = max(having)
+        elif means := [value for value in having if isinstance(value, TokenMean)]:
+            out[name] = sum(mean * mean.tokens for mean in means) / sum(mean.tokens for mean in means)
     return out
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from benchmarks import belief_state_star_graph
-from posttrain.backend.errors import CheckpointError, DataError
+from posttrain.backend.errors import CheckpointError, ConfigError, DataError
 from posttrain.backend.types import AdamParams
 from posttrain.tracking.command_line import parse
 from posttrain.tracking.metrics_log import read_metrics
@@ -191,6 +191,22 @@ def test_a_search_reports_every_setting_and_the_best_again(tmp_path: Path, monke
     asyncio.run(search.main(asked))
     results = json.loads((tmp_path / "gpt" / "results.json").read_text())
     assert results.keys() == {"one", "two", "best, 1 steps, seed 0", "best, 2 steps, seed 0"}
+
+
+def test_a_search_chooses_on_other_graphs_than_it_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake that is not seen in the figures: the best of nine on its own test set is too good."""
+    monkeypatch.setitem(search.SETTINGS, "gpt", {"one": {"model": "gpt", "num_layers": 1, "hidden": 16}})
+    asked = search.Config(data=GRAPH, num_steps=1, seeds=[0], times=[1], log_path=str(tmp_path))
+    asyncio.run(search.main(asked))
+    seeds = {
+        folder.name: json.loads((folder / "config.json").read_text())["data"]["test_seed"]
+        for folder in (tmp_path / "gpt").iterdir()
+        if folder.is_dir()
+    }
+    assert seeds == {"one_steps_1_seed_3": 1, "one_steps_1_seed_0": 0}
+    for same in (chz.replace(asked, validation_seed=0), chz.replace(asked, data=chz.replace(GRAPH, path="graphs.txt"))):
+        with pytest.raises(ConfigError, match="validation"):
+            asyncio.run(search.main(same))
 
 
 def test_a_curriculum_begins_each_length_with_the_weights_of_the_last(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from posttrain.backend.errors import ConfigError, CookbookError, DataError
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.tracking.jsonl import append_jsonl, parse_json, write_atomically
-from posttrain.tracking.metrics_log import read_metrics
+from posttrain.tracking.metrics_log import MetricsLog, read_metrics
 from posttrain.tracking.one_line_errors import one_line_errors
 from posttrain.tracking.run_folder import RunFolder, open_run_folder
 from posttrain.tracking.stages import Stage
@@ -216,6 +216,16 @@ def test_a_full_disk_is_one_line_and_leaves_the_old_file(tmp_path: Path, capsys,
     assert file.read_text() == "old" and list(tmp_path.iterdir()) == [file]
     said = leaves(lambda: (tmp_path / "nowhere" / "x").read_text())
     assert "nowhere/x: No such file or directory; check the path" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["step", "non_finite"])
+def test_a_metric_cannot_damage_the_file_of_metrics(name: str, tmp_path: Path) -> None:
+    """Trap: a user's metric `step` in the place of the step, and a run that does not resume."""
+    log = MetricsLog(RunFolder(tmp_path))
+    log.log({"mine/step": 2.0}, 0)
+    with pytest.raises(ConfigError, match=f"a metric is called '{name}'"):
+        log.log({name: 2.0}, 1)
+    assert read_metrics(tmp_path) == [{"step": 0, "mine/step": 2.0}]
 
 
 def test_the_notes_of_an_error_are_in_its_line(capsys: pytest.CaptureFixture[str]) -> None:

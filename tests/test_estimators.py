@@ -36,6 +36,7 @@ from rl.kl import (
     sampled_minus_reference,
 )
 from rl.length import LengthPenalty
+from rl.metrics import TokenMean
 from rl.mismatch import MismatchCorrection, corrected, correction_weights
 from rl.rollouts import RolloutLimits
 from rl.train_cli import ADVANTAGES, CLIConfig
@@ -322,8 +323,12 @@ class SlowReward(BatchRewardBuilder):
 def test_a_steps_metrics_are_those_of_all_its_minibatches(tmp_path: Path) -> None:
     record = asyncio.run(train.main(config(tmp_path, batch_reward=SlowReward(), num_minibatches=4, max_steps=1)))
     assert record["time/batch_reward"] > 0.39 and (record["call_max"], record["call"]) == (4.0, 2.5)
-    parts: list[dict[str, float]] = [{"kl_policy_base": 1.0, "time/critic": 0.5}, {"kl_policy_base": 4.0}, {}]
-    assert metrics_of_step(parts, [20, 10, 0]) == {"kl_policy_base": 2.0, "time/critic": 0.5}
+    parts: list[dict[str, float]] = [
+        {"kl_policy_base": TokenMean(1.0, 20), "time/critic": 0.5, "teacher_kl/b": TokenMean(1.0, 3)},
+        {"kl_policy_base": TokenMean(4.0, 10), "teacher_kl/b": TokenMean(5.0, 1)},  # tokens of its tag, not of all
+        {},
+    ]
+    assert metrics_of_step(parts) == {"kl_policy_base": 2.0, "time/critic": 0.5, "teacher_kl/b": 2.0}
 
 
 # Trap: metrics of the mismatch correction, which are those of a minibatch, averaged over minibatches of other lengths.
@@ -332,7 +337,7 @@ def test_the_sampling_metrics_of_minibatches_are_those_of_all_their_tokens(torch
     long, short = two_data()
     correction = MismatchCorrection(mode="truncate")
     (_, whole), *parts = (asyncio.run(corrected(client, rows, correction)) for rows in ([long, short], [long], [short]))
-    joined = metrics_of_step([part for _, part in parts], [2, 1])
+    joined = metrics_of_step([part for _, part in parts])
     means = {name for name in whole if "ratio_p" not in name and name != "mismatch/effective_sample_size"}
     assert {name: joined[name] for name in means} == pytest.approx(
         {name: whole[name] for name in means}, rel=rounded(1e-5)

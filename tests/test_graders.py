@@ -68,3 +68,52 @@ def test_equal_numbers_are_one_vote(text: str, answer: str):
 def test_two_letters_are_no_choice(said: str):
     assert OptionGrader(4).extract(f"The answer is {said}.") is None
     assert OptionGrader(4).extract("The answer is A, and Bob is right.") == "A"
+
+
+OPTIONS = ("A cell wall", "photosynthesis", "heat", "30 km/h")
+STATED = {
+    "B": ["photosynthesis", "The answer is Photosynthesis.", "B. photosynthesis", "Answer:\n\nB) photosynthesis"],
+    "C": [
+        *(
+            "Answer: C",
+            "(C)",
+            "**C**",
+            "C.",
+            "The correct answer is C",
+            "**Answer:** C",
+            "**Answer**: C",
+            "ANSWER: (C)",
+        ),
+        *(
+            "Final answer: $\\boxed{C}$",
+            "\\boxed{C}",
+            "Answer: option C",
+            "The correct option is (C).",
+            "Heat.\n\n**C**",
+        ),
+        "answer is: C, since A is wrong",
+    ],
+    "A": ["The answer is A cell wall.", "The answer is A, because"],
+    "D": ["The answer is 30 km/h. So it is.", "Answer: heat\nNo. Answer: (D) 30 km/h"],
+}
+UNSTATED = [
+    *("Answer: A or B", "Answer: A/B", "Answer: Both B and C", "The answer is not C", "Answer: C is wrong"),
+    *("A\nB\nC\nD", "A. A cell wall\nB. photosynthesis\nC. heat\nD. 30 km/h", "(A) and (B)", "photosynthesis\nheat"),
+    *("Answer: E", "The answer is E.", "Answer:", "", "Answer: Carbon", "A cell", "C. photosynthesis", "A plant"),
+    *("Answer: A plant needs it", "Answer: I think so", "The best option is A walk"),
+]
+
+
+@pytest.mark.parametrize(("said", "letter"), [(said, letter) for letter in STATED for said in STATED[letter]])
+def test_an_option_is_read_as_published_harnesses_read_it(said: str, letter: str):
+    assert OptionGrader(4, OPTIONS).extract(said) == letter
+
+
+@pytest.mark.parametrize("said", UNSTATED)
+def test_what_names_no_option_or_several_is_no_choice(said: str):
+    assert OptionGrader(4, OPTIONS).extract(said) is None
+
+
+def test_an_article_is_no_letter():
+    assert OptionGrader(2, ("a wave", "A cell wall")).extract("The answer is A cell wall.") == "B"
+    assert OptionGrader(2, ("3", "2")).extract("The answer is 2.") == "B"

@@ -373,7 +373,7 @@ def test_one_bos_and_answers_begin_where_the_stop_was():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rloo_k": 1}, "the least that works is rloo_k=2"),
+        ({"rloo_k": 1}, "the least that works is rloo_k=2, or baseline=none"),
         ({"train_batch_size": 100}, "not a multiple of rloo_k=8; the nearest is train_batch_size=96"),
         (
             {"train_batch_size": 1600},
@@ -387,6 +387,7 @@ def test_sizes_that_cannot_work_name_the_nearest_that_do(options: dict[str, int]
     given = {
         "num_prompts": 100,
         "rloo_k": 8,
+        "least_k": 2,
         "train_batch_size": 64,
         "epochs": 1.0,
         "max_updates": None,
@@ -397,6 +398,12 @@ def test_sizes_that_cannot_work_name_the_nearest_that_do(options: dict[str, int]
     assert (sizes.prompts_per_update, sizes.updates, sizes.epochs, sizes.eval_every) == (8, 12, 0.96, 3)
     with pytest.raises(ConfigError, match=message):
         derive_sizes(**(given | options))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"baseline": "none"}, {"method": "sft"}])
+def test_one_rationale_a_question_is_enough_without_the_leave_one_out_baseline(options: dict[str, Any]):
+    config = train.prepared(train.Config(rloo_k=1, train_batch_size=4, **options))
+    assert train.sizes_of(config, 10_000).prompts_per_update == 4
 
 
 def test_questions_that_do_not_fit_are_counted_or_refused(capsys: pytest.CaptureFixture[str]):

@@ -334,6 +334,15 @@ def test_the_one_bad_datum_of_a_batch_is_named(d: int, t: int) -> None:
     foreign[d].loss_fn_inputs["target_tokens"].array[t] = VOCABULARY
     with pytest.raises(DataError, match=f"datum {d + 7} has a token outside"):
         check_data(foreign, (), VOCABULARY, 512, first=7)
+    # Trap: at a temperature of -1 the least likely token is the likeliest, in silence; probabilities for logprobs
+    for name, wrong in (("temperature", 0.0), ("temperature", -1.0), ("logprobs", 0.5)):
+        data = policy_data(5, seed=2)
+        for datum in data:
+            datum.loss_fn_inputs |= {"temperature": TensorData(np.ones(datum.model_input.length, np.float32))}
+        check_data(data, ("logprobs",), VOCABULARY, 512)
+        data[d].loss_fn_inputs[name].array[t] = wrong
+        with pytest.raises(DataError, match=rf"datum {d + 7}: {name} .*above 0"):
+            check_data(data, ("logprobs",), VOCABULARY, 512, first=7)
 
 
 # Trap: torch multiplies (T,) by (T, 1) each with each, and the loss is that of T x T pairs.

@@ -20,7 +20,7 @@ from envs.problem_env import ProblemEnv
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
+from posttrain.backend.types import AdamParams, ModelInput, SampledSequence, SampleResponse, SamplingParams
 from posttrain.renderers import get_renderer, stream
 from posttrain.renderers.turns import decode
 from posttrain.renderers.types import Renderer
@@ -316,6 +316,29 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_training_starts_at_ln_2_and_learns(trained: Path) -> None:
     first = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])
     assert first["train_loss"] == pytest.approx(math.log(2), abs=rounded(1e-5)) == first["test/loss"]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_the_held_out_loss_does_not_depend_on_the_batches(reduction: str, tmp_path: Path, torch_service: ServiceClient):
+    """Trap: the mean of the batches' losses, of which the last batch may be short."""
+    texts = [["1+1", "#2"], ["12+34", "46+1", "#47"], ["1", "#1"]]
+    rows = [{"input": f"{i}=", "output": text, "label": [i % 2] * len(text)} for i, text in enumerate(texts)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    client = torch_service.create_scalar_client("tiny", None, 0)
+    renderer = get_renderer("plain", load_tokenizer("tiny"))
+    config = StepExamplesBuilder(path=str(tmp_path / "rows.jsonl"), form=LINES, reduction=reduction)
+    train_set, _ = chz.replace(config, batch_size=3)(renderer)
+    batch = train_set.get_batch(0)
+    client.forward_backward(batch, step_cross_entropy).result()  # from a head of zeros all losses are ln 2
+    client.optim_step(AdamParams(learning_rate=1e-2)).result()
+    expected = client.forward(batch, step_cross_entropy).result().metrics["loss:sum"]
+    (tmp_path / "other.jsonl").write_text(json.dumps(rows[0] | {"input": "9="}) + "\n")
+    apart = chz.replace(config, path=str(tmp_path / "other.jsonl"), test_path=config.path)
+    for size in (1, 2, 3):
+        _, test_set = chz.replace(apart, batch_size=size)(renderer)
+        assert test_set is not None
+        found = asyncio.run(train_prm.StepEvaluator(test_set)(client))
+        assert found["test/loss"] == pytest.approx(expected, rel=rounded(1e-5)) != pytest.approx(math.log(2), rel=0.01)
 
 
 def reward(trained: Path, **options: object) -> PrmReward:

@@ -169,7 +169,7 @@ def test_the_names_of_the_runs_own_metrics_are_refused() -> None:
     plain = group([0, 1], [])
     plain.trajectories_G[0].stop_reason = "max_turns"
     of_training = [name.removeprefix("env/all/") for name in compute_trajectory_metrics([plain])]
-    of_evaluation = [*problem_values([plain], [1, 2], {}), *sample_metrics([plain], [1, 2], "test")]
+    of_evaluation = [*problem_values([plain], [1, 2]), *sample_metrics([plain], [1, 2], "test")]
     for name in {*of_training, *(name.removeprefix("test/") for name in of_evaluation)} - {"turns"}:
         with pytest.raises(MalformedStep, match=f"'{name}', like one of the run's own: give it another name"):
             reward_and_metrics((0.0, {name: 1.0}))

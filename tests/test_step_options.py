@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from posttrain.backend.types import Datum, ModelInput
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.types import AdamParams, Datum, ModelInput
 from rl.advantages import BatchMean, GroupMean, GroupMeanStd, LeaveOneOut, NoBaseline
 from rl.config import Config, check_config
+from rl.critic import Critic, CriticConfig
 from rl.data_processing import Row
 from rl.distill import Distillation
-from rl.kl import KLPenalty
+from rl.kl import KLPenalty, Reference
 from rl.length import LengthPenalty
 from rl.mismatch import MismatchCorrection
-from rl.train_step import Learner, StepOutcome, _prepare
+from rl.train_step import Learner, StepOutcome, _prepare, train_step
 from rl.types import TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests.conftest import rounded
 from tests.test_group_sources import config
@@ -206,3 +208,48 @@ def test_options_of_a_step_together_are_their_formulas_token_by_token(seed: int,
         place: pytest.approx(value, rel=rounded(2e-4), abs=rounded(2e-5)) for place, value in expected.items()
     }, chosen
     assert [group.get_total_rewards() for group in groups] == before  # penalties are in no reward that is logged
+
+
+NOTHING = [Trajectory([Transition(ModelInput.from_ints([1, 2]), TokensWithLogprobs([], []), r, True)]) for r in (0, 1)]
+
+
+class TwoParts:
+    """A GroupSource of two minibatches: of one no token was sampled."""
+
+    num_minibatches, max_refills, max_steps_off_policy = 2, 0, 0
+
+    def __init__(self, *parts: Sequence[TrajectoryGroup]):
+        self.parts = parts
+
+    async def minibatches(self, step: int) -> Any:
+        for part in self.parts:
+            yield part
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({}, {"kl": KLPenalty(coef=0.3)}, {"kl": KLPenalty(coef=0.3, where="reward")}, {"entropy_coef": 0.2}),
+        *({"mismatch": MismatchCorrection(mode="mask")}, {"critic": CriticConfig(model="policy")}),
+    ],
+)
+def test_a_minibatch_without_a_sampled_token_changes_nothing(
+    options: dict[str, Any], tmp_path: Path, torch_service: ServiceClient
+) -> None:
+    client, settings = torch_service.create_training_client("micro", None, 0), config(tmp_path, **options)
+    reference = Reference(torch_service.create_training_client("micro", None, 1)) if settings.kl.coef else None
+    scalar = torch_service.create_scalar_client("micro", None, 0)
+    some = TrajectoryGroup([random_trajectory(np.random.default_rng(s)) for s in range(3)], [0.0, 1.0, 3.0], [{}] * 3)
+    none = TrajectoryGroup(NOTHING, [0.0, 1.0], [{}] * 2)
+
+    def metrics(*parts: Sequence[TrajectoryGroup]) -> dict[str, float]:
+        critic = Critic(settings.critic, scalar, 1.0) if settings.critic.model else None
+        learner = Learner(settings, client, None, reference, critic=critic)  # type: ignore[arg-type]
+        still, found = AdamParams(learning_rate=0.0), {}
+        asyncio.run(train_step(learner, TwoParts(*parts), 0, still, found))  # type: ignore[arg-type]
+        return {name: value for name, value in found.items() if name.split("/")[0] not in ("time", "train")}
+
+    assert metrics([none]) == metrics([none], [none])
+    expected = metrics([some])
+    for parts in ([none], [some]), ([some], [none]):
+        assert metrics(*parts) == pytest.approx(expected, rel=rounded(1e-5)), options

@@ -13,6 +13,7 @@ from posttrain.backend.losses import LOSSES, Loss, LossFn
 from posttrain.backend.ranks import local
 from posttrain.backend.types import Datum, ModelInput
 
+ROUNDED = 0.01  # above 0: by which rounding may move the logprob of a certain token
 # What a named loss may read besides the arrays that it needs: of another shape, torch would multiply each with each.
 PER_TARGET = ("clip_low_threshold", "clip_high_threshold", "sequence_ratio_mask")
 
@@ -91,6 +92,19 @@ def check_data(
         arrays_D = [datum.loss_fn_inputs[key].array for datum in data_D]
         if (d := _first(arrays_D, lambda array: ~np.isfinite(array))) is not None:
             raise NonFiniteError(f"datum {first + d}: {key} is not finite", [first + d])
+    if "logprobs" in required:
+        logprobs_D = [datum.loss_fn_inputs["logprobs"].array for datum in data_D]
+        if (d := _first(logprobs_D, lambda array: array > ROUNDED)) is not None:
+            raise DataError(
+                f"datum {first + d}: logprobs above 0, which no probability has: give natural logarithms, neither "
+                "probabilities nor negative log-likelihoods"
+            )
+    if "temperature" in keys:  # a negative one would turn the distribution over, in silence
+        temperatures_D = [datum.loss_fn_inputs["temperature"].array for datum in data_D]
+        if (d := _first(temperatures_D, lambda array: array <= 0)) is not None:
+            raise DataError(
+                f"datum {first + d}: temperature must be above 0 at every token; 1 for tokens that were sampled greedily"
+            )
     inputs_D = [np.array(datum.model_input.to_ints()) for datum in data_D]
     if floats := [d for d, tokens_T in enumerate(inputs_D, start=first) if tokens_T.dtype.kind not in "iu"]:
         raise DataError(f"datum {floats[0]}: model_input has tokens that are not whole numbers")

@@ -3,6 +3,7 @@
 import difflib
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from posttrain.backend.errors import ConfigError
@@ -25,12 +26,12 @@ NO_THINKING = {"disable_thinking": "chat_template:enable_thinking=false"}
 
 
 def get_renderer(name: str | None, tokenizer: Tokenizer) -> Renderer:
-    """The renderer called `name`; None follows the chat template, or is role_colon without one.
-    Options of the template follow a colon: chat_template:enable_thinking=false,date=today; this one
+    """The renderer called `name`; None follows the chat template, or is role_colon without one, which is
+    said. Options of the template follow a colon: chat_template:enable_thinking=false,date=today; this one
     has the name disable_thinking, too. Prints a warning with the first difference if a renderer
     imitates the chat template wrongly."""
     if name is None:
-        name = "chat_template" if tokenizer.chat_template else "role_colon"
+        name = "chat_template" if tokenizer.chat_template else _without_template(tokenizer.name_or_path)
     name, _, written = NO_THINKING.get(name, name).partition(":")
     if name not in RENDERERS:
         near = difflib.get_close_matches(name, RENDERERS, n=1)
@@ -43,6 +44,16 @@ def get_renderer(name: str | None, tokenizer: Tokenizer) -> Renderer:
     if difference := difference_from_template(renderer):
         print(f"WARNING {difference}. The model was trained on its template: renderer_name=chat_template follows it")
     return renderer
+
+
+@lru_cache(maxsize=16)  # a run asks several times
+def _without_template(model: str) -> str:
+    print(
+        f"{model or 'the model'} has no chat template: conversations are written as 'User: ...' and 'Assistant: ...' "
+        "(renderer_name=role_colon)",
+        flush=True,
+    )
+    return "role_colon"
 
 
 def with_tools(renderer: Renderer, tools: Sequence[ToolSpec], list_tools: bool = True) -> Renderer:

@@ -103,8 +103,9 @@ def run_command(
     """The entry point of a command: parses sys.argv and runs `main`, under `one_line_errors`."""
     allow_open_files()
     try:
-        with one_line_errors():
+        with one_line_errors() as command:
             config = parse(config_class, None, short_names, presets)
+            command.log_path = getattr(config, "log_path", None)
             remember_options(chz.chz_fields(config))
             outcome = main(config)
             if isinstance(outcome, Coroutine):

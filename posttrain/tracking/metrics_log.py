@@ -9,6 +9,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from posttrain.backend.errors import ConfigError
 from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, lines_and_records, read_last_records
 from posttrain.tracking.loggers import open_loggers
 from posttrain.tracking.run_folder import RunFolder
@@ -17,6 +18,7 @@ if TYPE_CHECKING:  # commands that need no model do not import torch
     from posttrain.tracking.run_config import RunConfig
 
 Metrics = dict[str, float]
+RESERVED = {"step", "non_finite"}
 
 
 class MetricsLog:
@@ -28,7 +30,13 @@ class MetricsLog:
         self._loggers = open_loggers(run_folder, config) if config else []
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Writes `{"step": step, **metrics}`; non-finite values are null and named in "non_finite"."""
+        """Writes `{"step": step, **metrics}`; non-finite values are null and named in "non_finite". ConfigError
+        for a metric of such a name, as an evaluator or a batch reward may return it."""
+        if taken := RESERVED & metrics.keys():
+            raise ConfigError(
+                f"a metric is called {min(taken)!r}, which names a field of metrics.jsonl: give it another name where "
+                "it is made (an evaluator, a batch reward)"
+            )
         record: dict[str, Any] = {"step": step}
         non_finite = {}
         for name, value in metrics.items():
@@ -72,11 +80,7 @@ def read_last_metrics(run: Path) -> dict[str, float]:
 def last_metrics(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     last = records[-1]["step"] if records else 0
     merged = {name: value for record in records if record["step"] >= last - 1 for name, value in record.items()}
-    return {
-        name: math.nan if value is None else value
-        for name, value in merged.items()
-        if name not in ("step", "non_finite")
-    }
+    return {name: math.nan if value is None else value for name, value in merged.items() if name not in RESERVED}
 
 
 @contextmanager

@@ -1,29 +1,40 @@
-"""The errors of a command: a line for what its user can mend, a traceback for a bug."""
+"""The errors of a command: a line for what its user can mend, the user's own frames for an exception of
+the user's code, a traceback for a bug."""
 
 import errno
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import NoReturn
 
 from posttrain.backend.errors import CookbookError
 from posttrain.tracking.how_to_resume import how_to_resume
+from posttrain.tracking.own_frames import own_traceback
 from posttrain.tracking.stop_request import silence
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, the largest file that is allowed (ulimit -f)
 
 
+@dataclass
+class Command:
+    """`log_path`: where the whole of a shortened traceback goes."""
+
+    log_path: str | None = None
+
+
 @contextmanager
-def one_line_errors() -> Iterator[None]:
+def one_line_errors() -> Iterator[Command]:
     """Turns a CookbookError, with its notes, and an OSError that names a file or a full disk, into
     one line and exit code 2.
 
-    Ctrl-C exits with 130, a closed standard output with 141. Any other exception is a bug and keeps
-    its traceback.
+    Ctrl-C exits with 130, a closed standard output with 141, an exception of the user's code
+    (own_frames.py) with 1. Any other exception is a bug and keeps its traceback.
     """
+    command = Command()
     try:
-        yield
+        yield command
         sys.stdout.flush()
     except CookbookError as error:
         texts = [str(error), *(f"({note})" for note in getattr(error, "__notes__", ()))]
@@ -37,6 +48,10 @@ def one_line_errors() -> Iterator[None]:
         if (text := _os_error_text(error)) is None:
             raise
         _leave(f"error: {text}", 2)
+    except Exception as error:
+        if (text := own_traceback(error, command.log_path)) is None:
+            raise
+        _leave(text, 1)
 
 
 def _leave(text: str, status: int) -> NoReturn:

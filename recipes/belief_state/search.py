@@ -1,11 +1,10 @@
 """The same small search for the Belief State Transformer and for a GPT of as many weights, on star
-graphs: every shape with every pair of learning rate and first weights' deviation, one seed. Then
-the best setting with other seeds, and with more steps.
+graphs: every shape with every pair of learning rate and first weights' deviation, one seed, on
+validation graphs. Then the best setting with other seeds, and with more steps, on the held-out graphs.
 
     python recipes/belief_state/search.py model=gpt data.loss_on=path  # runs/belief_state_search/gpt
 
-Prints the table, best first, and writes results.json: the share of right first hops at the end. Left out:
-a validation set. The best setting is chosen on the held-out graphs on which it is reported.
+Prints the table, best first, and writes results.json: the share of right first hops at the end.
 """
 
 if not __package__:  # run as a file: put the project on the path
@@ -19,6 +18,7 @@ from typing import Any, Literal
 
 import chz
 
+from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, SEED
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.metrics_log import read_metrics
@@ -57,6 +57,9 @@ class Config:
     data: StarGraphBuilder = chz.field(default_factory=StarGraphBuilder, doc="graphs, and the GPT's targets")
     num_steps: int = chz.field(default=600, validator=COUNT, doc="optimizer steps of each run")
     seed: int = chz.field(default=3, validator=SEED, doc="of the search: weights and graphs")
+    validation_seed: int = chz.field(
+        default=1, validator=SEED, doc="of the graphs on which settings are chosen; not data.test_seed"
+    )
     seeds: list[int] = chz.field(default_factory=lambda: [0, 1, 2], validator=SEED, doc="of the best setting's runs")
     times: list[int] = chz.field(
         default_factory=lambda: [1, 3], validator=COUNT, doc="the best setting's runs have this many times num_steps"
@@ -64,11 +67,11 @@ class Config:
     log_path: str = log_path_field("runs/belief_state_search", "folder of the runs")
 
 
-def run_stage(config: Config, setting: str, num_steps: int, seed: int) -> Stage:
+def run_stage(config: Config, setting: str, data: StarGraphBuilder, num_steps: int, seed: int) -> Stage:
     name = f"{folder_name(setting)}_steps_{num_steps}_seed_{seed}"
     run = train.Config(
         **SETTINGS[config.model][setting],
-        data=config.data,
+        data=data,
         num_steps=num_steps,
         seed=seed,
         save_every=0,
@@ -77,20 +80,36 @@ def run_stage(config: Config, setting: str, num_steps: int, seed: int) -> Stage:
     return training_stage(name, train.main, run)
 
 
+def validation_data(config: Config) -> StarGraphBuilder:
+    """The data of the search: with held-out graphs of its own. Raises ConfigError."""
+    if config.data.path or config.data.test_path:
+        raise ConfigError(
+            "the search draws its validation graphs: leave data.path and data.test_path out (recipes/belief_state/"
+            "train.py trains on files)"
+        )
+    if config.validation_seed == config.data.test_seed:
+        raise ConfigError(
+            f"validation_seed={config.validation_seed} is data.test_seed, too: settings would be chosen on the graphs "
+            "on which the best is reported"
+        )
+    return chz.replace(config.data, test_seed=config.validation_seed)
+
+
 def first_hop(stage: Stage) -> float:
     return read_metrics(stage.path)[-1]["test/first_hop"]
 
 
 async def main(config: Config) -> None:
     check_seeds(config.seeds)
-    searched = {name: run_stage(config, name, config.num_steps, config.seed) for name in SETTINGS[config.model]}
+    data = validation_data(config)
+    searched = {name: run_stage(config, name, data, config.num_steps, config.seed) for name in SETTINGS[config.model]}
     await run_stages(list(searched.values()))
     results = {name: first_hop(stage) for name, stage in searched.items()}
     best = max(results, key=lambda name: (results[name], -read_metrics(searched[name].path)[-1]["test/loss"]))
     ranked = sorted(results.items(), key=lambda item: -item[1])
     for times in config.times:
         steps = times * config.num_steps
-        stages = [run_stage(config, best, steps, seed) for seed in config.seeds]
+        stages = [run_stage(config, best, config.data, steps, seed) for seed in config.seeds]
         await run_stages(stages)
         results |= {
             f"best, {steps} steps, seed {seed}": first_hop(stage)

@@ -43,16 +43,19 @@ class Sizes:
 def derive_sizes(
     num_prompts: int,
     rloo_k: int,
+    least_k: int,
     train_batch_size: int,
     epochs: float,
     max_updates: int | None,
     evaluations: int,
     length: int,
 ) -> Sizes:
-    """ConfigError, with the nearest valid value, for sizes that do not work together."""
-    if rloo_k < 2:
+    """ConfigError, with the nearest valid value, for sizes that do not work together. `least_k`: what the
+    baseline needs."""
+    if rloo_k < least_k:
         raise ConfigError(
-            f"rloo_k={rloo_k}: the leave-one-out baseline needs other rationales; the least that works is rloo_k=2"
+            f"rloo_k={rloo_k}: the leave-one-out baseline needs other rationales; the least that works is "
+            f"rloo_k={least_k}, or baseline=none"
         )
     if train_batch_size < rloo_k or train_batch_size % rloo_k:
         near = max(1, round(train_batch_size / rloo_k)) * rloo_k

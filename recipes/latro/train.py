@@ -232,9 +232,11 @@ def announced_sizes(config: Config, tasks: list[Task]) -> Sizes:
 
 def sizes_of(config: Config, num_prompts: int) -> Sizes:
     assert config.response_length and config.num_train_epochs
+    has_baseline = config.baseline == "leave_one_out" and config.method in ("latro", "verifier")
     return derive_sizes(
         num_prompts,
         config.rloo_k,
+        2 if has_baseline else 1,
         config.train_batch_size,
         config.num_train_epochs,
         config.max_updates,
