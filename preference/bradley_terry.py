@@ -5,6 +5,7 @@ Ties are dropped and counted. Left out: centring r (only differences have a mean
 """
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 
 import chz
@@ -19,7 +20,6 @@ from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ForwardBackwardOutput, LoraConfig, ModelInput
 from posttrain.renderers.types import Message, Renderer, Tokenizer
 from posttrain.tracking.datasets import DrawnDataset, ListDataset
-from posttrain.tracking.progress import counted
 from preference.reward_data import RewardExamplesBuilder
 from preference.reward_types import (
     Judge,
@@ -33,6 +33,7 @@ from preference.reward_types import (
 from preference.scored_tokens import scored_tokens
 from preference.types import Comparison, LabeledComparison
 from rl.types import BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup
+from supervised.examples import by_processes
 from supervised.train import Objective, Pass
 from supervised.types import SupervisedDataset
 
@@ -144,26 +145,23 @@ class PreferencePairsBuilder(RewardExamplesBuilder):
             print(
                 f"preference pairs: {len(labeled_D) - len(decided_D):,} ties of {len(labeled_D):,} comparisons dropped"
             )
-        pairs = ListDataset(
-            [self._pair(renderer, labeled) for labeled in counted(decided_D, "tokenizing comparisons")],
-            min(self.batch_size, len(decided_D)),
-            self.seed,
-        )
+        margins_D = [self._margin(labeled) for labeled in decided_D]
+        parts = by_processes(partial(_sides, renderer), decided_D, "tokenizing comparisons")
+        pairs_D = [
+            [last_token_datum(tokens_T.tolist(), margin) for tokens_T in sides]
+            for sides, margin in zip(chain.from_iterable(parts), margins_D, strict=True)
+        ]
+        pairs = ListDataset(pairs_D, min(self.batch_size, len(pairs_D)), self.seed)
         # The units of a batch are pairs: chosen and rejected, side by side.
         sides = chain.from_iterable
         return DrawnDataset(lambda epoch, index: list(sides(pairs.batch(epoch, index))), len(pairs))
 
-    def _pair(self, renderer: Renderer, labeled: LabeledComparison) -> tuple[Datum, Datum]:
+    def _margin(self, labeled: LabeledComparison) -> float:
         if self.margin_coef and labeled.margin is None:
             raise DataError(
                 f"{labeled.where or 'comparison'}: no margin, and margin_coef={self.margin_coef} needs one; set it to 0"
             )
-        margin = self.margin_coef * (labeled.margin or 0.0)
-        chosen, rejected = (
-            last_token_datum(scored_tokens(renderer, [*labeled.comparison.prompt_conversation, *side])[0], margin)
-            for side in labeled.chosen_and_rejected()
-        )
-        return chosen, rejected
+        return self.margin_coef * (labeled.margin or 0.0)
 
     def length(self, renderer: Renderer, labeled: LabeledComparison) -> int:
         comparison = labeled.comparison
@@ -180,6 +178,15 @@ class PreferencePairsBuilder(RewardExamplesBuilder):
 
     def objective(self) -> Objective[list[Datum]]:
         return BradleyTerry()
+
+
+def _sides(renderer: Renderer, labeled_D: Sequence[LabeledComparison]) -> list[list[np.ndarray]]:
+    """Tokens of the chosen and the rejected answer of each, after their prompt."""
+    prompts_D = [list(labeled.comparison.prompt_conversation) for labeled in labeled_D]
+    return [
+        [np.array(scored_tokens(renderer, [*prompt, *side])[0], np.int32) for side in labeled.chosen_and_rejected()]
+        for prompt, labeled in zip(prompts_D, labeled_D, strict=True)
+    ]
 
 
 # --- as a reward in RL --------------------------------------------------------------------------

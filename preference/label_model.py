@@ -16,12 +16,11 @@ from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, LoraConfig, ModelInput
 from posttrain.renderers.types import Message, Renderer, Tokenizer, TrainOnWhat
 from posttrain.tracking.datasets import ListDataset
-from posttrain.tracking.progress import counted
 from preference.comparisons import in_both_orders, randomly_swapped
 from preference.reward_data import RewardExamplesBuilder
 from preference.reward_types import Judge, JudgeBuilder, JudgeError, PreferenceModel, SavedModel
 from preference.types import Comparison, Label, LabeledComparison
-from supervised.data import datum_from_tokens_weights
+from supervised.examples import Examples, by_processes
 from supervised.train import CrossEntropy, Objective
 from supervised.types import SupervisedDataset
 
@@ -71,10 +70,13 @@ class LabelFormat:
     def prompt(self, comparison: Comparison) -> list[int]:
         return self.renderer.build_generation_prompt(question(comparison)).to_ints() + self.lead
 
-    def example(self, labeled: LabeledComparison) -> Datum:
+    def examples(self, labeled_D: Sequence[LabeledComparison]) -> Examples:
         """Loss on the label's token alone, which is the last."""
-        tokens = [*self.prompt(labeled.comparison), self.label_tokens[LABELS.index(labeled.label)]]
-        return datum_from_tokens_weights(tokens, [0.0] * (len(tokens) - 1) + [1.0])
+        examples = Examples()
+        for labeled in labeled_D:
+            tokens = [*self.prompt(labeled.comparison), self.label_tokens[LABELS.index(labeled.label)]]
+            examples.append(tokens, [0.0] * (len(tokens) - 1) + [1.0])
+        return examples
 
     def inquiry(self, comparison: Comparison) -> Datum:
         """Asks for the logprobs of all three labels, (T, 3) targets, at the last position."""
@@ -144,8 +146,9 @@ class LabelExamplesBuilder(RewardExamplesBuilder):
 
     def examples(self, renderer: Renderer, labeled_D: Sequence[LabeledComparison]) -> SupervisedDataset:
         ordered = in_both_orders(labeled_D) if self.both_orders else randomly_swapped(labeled_D, self.seed)
-        label_format = LabelFormat(renderer)
-        data_D = [label_format.example(labeled) for labeled in counted(ordered, "tokenizing comparisons")]
+        data_D = Examples()
+        for part in by_processes(LabelFormat(renderer).examples, ordered, "tokenizing comparisons"):
+            data_D.extend(part)
         return ListDataset(data_D, min(self.batch_size, len(data_D)), self.seed)
 
     def length(self, renderer: Renderer, labeled: LabeledComparison) -> int:

@@ -2,7 +2,8 @@
 an objective out.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import chz
 
@@ -11,9 +12,9 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, LoraConfig
 from posttrain.renderers.types import Renderer
-from posttrain.tracking.progress import counted
 from preference.reward_types import PreferenceModel
 from preference.types import ComparisonDatasetBuilder, LabeledComparison
+from supervised.examples import by_processes
 from supervised.train import Objective
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
@@ -53,8 +54,12 @@ class RewardExamplesBuilder(SupervisedDatasetBuilder):
                 raise DataError(f"{labeled.where}: a field 'tools', which reward models do not read; leave it out")
         limit = self.max_length or renderer.tokenizer.model_max_length
         kept_train_D, kept_test_D = (
-            [labeled for labeled in counted(labeled_D, what) if self.length(renderer, labeled) <= limit]
-            for labeled_D, what in ((train_D, "measuring comparisons"), (test_D, "measuring held-out comparisons"))
+            [
+                labeled
+                for labeled, length in zip(labeled_D, self._lengths(renderer, labeled_D, kind), strict=True)
+                if length <= limit
+            ]
+            for labeled_D, kind in ((train_D, ""), (test_D, "held-out "))
         )
         total, kept = len(train_D) + len(test_D), len(kept_train_D) + len(kept_test_D)
         if not kept_train_D or (test_D and not kept_test_D):
@@ -67,6 +72,12 @@ class RewardExamplesBuilder(SupervisedDatasetBuilder):
                 "dropped"
             )
         return kept_train_D, kept_test_D
+
+    def _lengths(self, renderer: Renderer, labeled_D: Sequence[LabeledComparison], kind: str) -> Iterator[int]:
+        def lengths(part_D: Sequence[LabeledComparison]) -> list[int]:
+            return [self.length(renderer, labeled) for labeled in part_D]
+
+        return chain.from_iterable(by_processes(lengths, labeled_D, f"measuring {kind}comparisons"))
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         train_D, test_D = self.load(renderer)

@@ -7,6 +7,7 @@ losses.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import chz
@@ -20,10 +21,10 @@ from posttrain.backend.ranges import COUNT, WHOLE
 from posttrain.backend.types import Datum, ModelInput
 from posttrain.renderers.types import Renderer, TrainOnWhat
 from posttrain.tracking.datasets import DrawnDataset, ListDataset, held_out
-from posttrain.tracking.progress import counted
 from preference.prm_labels import StepRecord, read_records
 from preference.scored_tokens import scored_tokens
 from preference.steps import StepFormat, split_response
+from supervised.examples import by_processes
 from supervised.rows import exchange
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
@@ -75,7 +76,7 @@ def step_datum(record: StepRecord, renderer: Renderer, config: "StepExamplesBuil
         arrays["labels"][prompt + start : prompt + end] = label
         arrays["weights"][prompt + start : prompt + end] = 1
         arrays["step_ends"][prompt + end - 1] = 1
-    return Datum(ModelInput.kept(tokens), arrays) if trained else None
+    return Datum(ModelInput.from_ints(tokens), arrays) if trained else None
 
 
 @chz.chz
@@ -129,22 +130,30 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
     def _data(self, records: Sequence[StepRecord], renderer: Renderer, kind: str) -> list[Datum]:
         """Prints one line: the number of solutions and the reasons for dropping others."""
         limit = self.max_length or renderer.tokenizer.model_max_length
+        rows = [(f"{self.path}, {kind} record {number}", record) for number, record in enumerate(records)]
         data, overlong, empty = [], 0, 0
-        for number, record in enumerate(counted(records, f"tokenizing {kind} solutions")):
-            try:
-                datum = step_datum(record, renderer, self)
-            except DataError as error:
-                raise DataError(f"{self.path}, {kind} record {number}: {error}") from error
-            empty += datum is None
-            overlong += datum is not None and datum.model_input.length > limit
-            if datum is not None and datum.model_input.length <= limit:
-                data.append(self._reduced(datum))
+        for part in by_processes(partial(self._datums, renderer), rows, f"tokenizing {kind} solutions"):
+            empty += part.count(None)
+            whole = [datum for datum in part if datum is not None]
+            fitting = [datum for datum in whole if datum.model_input.length <= limit]
+            overlong += len(whole) - len(fitting)
+            data += [Datum(ModelInput.kept(datum.model_input.to_ints()), datum.loss_fn_inputs) for datum in fitting]
         print(
             f"{self.path}: {len(data):,} {kind} solutions; dropped {overlong:,} longer than {limit} tokens, {empty:,} "
             "without steps"
         )
         if not data:
             raise DataError(f"{self.path}: no {kind} solution is left to use")
+        return data
+
+    def _datums(self, renderer: Renderer, rows: Sequence[tuple[str, StepRecord]]) -> list[Datum | None]:
+        data = []
+        for where, record in rows:
+            try:
+                datum = step_datum(record, renderer, self)
+            except DataError as error:
+                raise DataError(f"{where}: {error}") from error
+            data.append(datum and self._reduced(datum))
         return data
 
     def _reduced(self, datum: Datum) -> Datum:

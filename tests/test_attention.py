@@ -6,7 +6,8 @@ benchmarks/gpu/attention.py and trainer.py compare there.
 
 # Trap: a window, softcap, scale or sink that a faster kernel leaves out.
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -190,7 +191,7 @@ def test_packed_rows_hold_trees_beyond_1024_tokens() -> None:
     prompt = random_tokens(rng, 1500)
     data_D = [datum_of(prompt + random_tokens(rng, 300), weightless=1499) for _ in range(4)]
 
-    def batches(**settings: Any) -> list[MicroBatch]:
+    def batches(**settings: Any) -> Sequence[MicroBatch]:
         return micro_batches(data_D, range(4), 4096, CPU, share=True, bucket=256, **settings)
 
     (batch,) = batches(packed=True)
@@ -210,6 +211,24 @@ def test_packed_sequences_have_their_starts_and_no_more_tokens_than_the_budget()
     assert second.starts_N is not None and second.starts_N.tolist() == [0, 30, 50, 60]
     (padded,) = micro_batches(data_D, [2], 100, CPU, share=True, packed=True, bucket=64)
     assert padded.starts_N is not None and padded.starts_N.tolist() == [0, 20, 64] and padded.longest == 44
+
+
+def test_a_micro_batch_is_made_when_its_turn_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of 512 sequences of 32k tokens would hold 670 MB of them."""
+    made: list[weakref.ref[MicroBatch]] = []
+    logprobs, alive = Trainer._logprobs, []
+
+    def counted(self: Trainer, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        made.append(weakref.ref(batch))
+        alive.append(sum(ref() is not None for ref in made))
+        return logprobs(self, batch)
+
+    trainer = Trainer("tiny", BackendConfig(micro_batch_tokens=40))
+    data_D = [datum_of(random_tokens(np.random.default_rng(n), 30)) for n in range(6)]
+    monkeypatch.setattr(Trainer, "_logprobs", counted)
+    trainer.run(data_D, "cross_entropy")
+    trainer.run_custom(data_D, lambda data, logprobs_D: (torch.cat(logprobs_D).sum(), {}))
+    assert len(alive) == 18 and max(alive) <= 2
 
 
 # --- what a machine or a model does not have --------------------------------------------------------

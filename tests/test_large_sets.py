@@ -6,6 +6,7 @@ import signal
 import tracemalloc
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,11 +15,16 @@ from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message
 from posttrain.tracking.datasets import ListDataset
+from preference.bradley_terry import PreferencePairsBuilder
+from preference.comparisons import ChosenRejectedBuilder
+from preference.label_model import LabelExamplesBuilder
 from preference.pairs import render_pairs
+from preference.step_data import StepExamplesBuilder
 from preference.types import Comparison, LabeledComparison
 from supervised import examples
 from supervised.data import FileBuilder, HuggingFaceBuilder, MixtureBuilder, conversation_to_datum
 from supervised.examples import Examples, by_processes, datum_from_tokens_weights
+from supervised.types import SupervisedDatasetBuilder
 from supervised.viz_sft_dataset import examples as shown
 
 RENDERER = get_renderer("chat_template", character_tokenizer(512))
@@ -170,6 +176,32 @@ def test_preferences_by_several_processes_are_the_same_pairs(
     assert [(pair.chosen, pair.rejected) for pair in one] == [(pair.chosen, pair.rejected) for pair in two]
     with pytest.raises(DataError, match="row 0: a tie"):
         render_pairs(comparisons, RENDERER, ties="raise")
+
+
+@pytest.mark.parametrize("kind", ["scalar", "label", "steps"])
+def test_sets_of_reward_models_by_several_processes_are_the_same(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    pairs = [{"prompt": f"{i}?", "chosen": "9" * (i % 40 + 1), "rejected": "8"} for i in range(60)]
+    solutions = [{"input": f"{i}?", "output": ["9" * (i % 40 + 1), "#1"], "label": [1, i % 2]} for i in range(60)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in (solutions if kind == "steps" else pairs)))
+    made = {"scalar": PreferencePairsBuilder, "label": LabelExamplesBuilder}
+    common: Any = {"max_length": 60, "batch_size": 8}
+    if kind == "steps":
+        builder: SupervisedDatasetBuilder = StepExamplesBuilder(path=str(path), test_size=20, **common)
+    else:
+        builder = made[kind](comparisons=ChosenRejectedBuilder(path=str(path), test_size=20), **common)
+    one = builder(RENDERER)
+    printed = capsys.readouterr().out
+    in_two_processes(monkeypatch)
+    used: list[int] = []
+    monkeypatch.setattr(examples, "ProcessPoolExecutor", _counting(examples.ProcessPoolExecutor, used))
+    two = builder(RENDERER)
+    assert len(used) >= 2 and capsys.readouterr().out == printed and "dropped" in printed
+    for a, b in zip(one, two, strict=True):
+        assert a is not None and b is not None
+        assert [a.get_batch(i) for i in range(len(a))] == [b.get_batch(i) for i in range(len(b))]
 
 
 def _said(text: str) -> list[Message]:

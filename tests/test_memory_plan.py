@@ -6,13 +6,13 @@ from typing import Any
 import chz
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PaliGemmaConfig, T5Config
+from transformers import AutoModelForCausalLM, Gemma4TextConfig, PaliGemmaConfig, T5Config
 
 import posttrain.preflight
 from posttrain.backend.checkpoint_files import SCALAR_HEAD_FILE
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CookbookError, ModelError
-from posttrain.backend.memory import GIB, kv_cache_bytes
+from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
 from posttrain.backend.memory_plan import PROCESS_BYTES, PlannedRun, _saved_bytes, check_fits, free_bytes, planned
 from posttrain.backend.models import PRESETS
 from posttrain.backend.types import LoraConfig
@@ -59,7 +59,7 @@ def test_a_step_that_rounds_counts_for_the_largest_weight() -> None:
 
 def test_a_sampler_counts_where_it_is() -> None:
     def on_a_gpu(**settings: Any) -> int:
-        config = BackendConfig(engine="torch", max_length=512, dtype="bfloat16", **settings)
+        config = BackendConfig(engine="torch", max_length=512, dtype="bfloat16", sampler_memory_gb=1.0, **settings)
         return PlannedRun(PRESETS[HALF_B], config, None, torch.device("cuda"), 512, samples=True).plan.peak
 
     apart, weights = on_a_gpu(sampler_replicas=2), 2 * 494_032_768
@@ -73,6 +73,13 @@ def test_replicas_on_one_gpu_divide_the_share_of_its_memory(monkeypatch: pytest.
     for engines, shares in ((4, True), (1, False)):
         config = BackendConfig(gpu_memory_utilization=0.5, sampler_replicas=4, replicas_share_gpu=shares)
         assert kv_cache_bytes(PRESETS[HALF_B], 512, config, torch.device("cuda")) == 500 // engines
+
+
+def test_layers_may_have_heads_of_their_own() -> None:
+    """transformers refuses to read `head_dim` of Gemma 4's config: each engine and plan ended there."""
+    config = Gemma4TextConfig(num_hidden_layers=6, hidden_size=256, intermediate_size=512, vocab_size=300)
+    assert kv_bytes_per_token(config, 2) == 2 * 2 * 4 * (5 * 256 + 512)
+    assert PlannedRun(config, BackendConfig(engine="torch"), None, CPU, 64, samples=True).plan.peak > 0
 
 
 def test_activations_are_those_of_a_real_pass() -> None:

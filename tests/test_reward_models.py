@@ -127,7 +127,7 @@ def test_the_labels_token_is_what_is_trained_and_asked(name):
     label_format = LabelFormat(get_renderer(name, tokenizer))
     comparison = pair("q", "one", "two")
     for label, token in zip(LABELS, label_format.label_tokens, strict=True):
-        datum = label_format.example(LabeledComparison(comparison, label))
+        (datum,) = label_format.examples([LabeledComparison(comparison, label)])
         tokens, weights = datum.model_input.to_ints(), datum.loss_fn_inputs["weights"].array
         assert tokens == label_format.prompt(comparison) and datum.loss_fn_inputs["target_tokens"].array[-1] == token
         assert weights.tolist() == [0.0] * (len(tokens) - 1) + [1.0]

@@ -45,6 +45,18 @@ def attends_to_all(config: PretrainedConfig, max_length: int) -> bool:
     return windows is not None and set(windows.values()) == {None}
 
 
+def heads_of_layers(config: PretrainedConfig) -> list[tuple[int, int, int]]:
+    """Query heads, heads of keys and values, and their width, of each layer: Gemma 4's differ. An upper bound for
+    a layer without attention, and 1 head where there are none (Mamba)."""
+    text: Any = config.get_text_config()
+    found = []
+    for layer in getattr(text, "per_layer_config", None) or [text] * text.num_hidden_layers:
+        heads = getattr(layer, "num_attention_heads", None) or 1
+        dim = getattr(layer, "head_dim", None) or layer.hidden_size // heads
+        found.append((heads, getattr(layer, "num_key_value_heads", None) or heads, dim))
+    return found
+
+
 def kernel_of_attention(config: PretrainedConfig) -> str | None:
     """For transformers' attn_implementation. Its default, SDPA, leaves out a softcap of the scores
     (Gemma 2) without a word."""

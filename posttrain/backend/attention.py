@@ -17,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PretrainedC
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from posttrain.backend.architectures import heads_of_layers
 from posttrain.backend.errors import ConfigError
 
 BLOCK = 128  # columns of a block that FlexAttention computes or skips
@@ -204,10 +205,20 @@ def kernel_gap(
 ) -> float:
     """Largest relative difference of the packed kernels' outputs and gradients from a dense
     computation in fp32, of a model's heads, softcap and windows. `whole`: of flash attention, too."""
-    text: Any = config.get_text_config()
-    heads, softcap = text.num_attention_heads, getattr(text, "attn_logit_softcapping", None)
-    key_heads = getattr(text, "num_key_value_heads", None) or heads
-    dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    shapes = set(heads_of_layers(config))
+    return max(_gap_of_heads(shape, softcap, {*windows.values()}, device, dtype, whole) for shape in shapes)
+
+
+def _gap_of_heads(
+    shape: tuple[int, int, int],
+    softcap: float | None,
+    windows: set[int | None],
+    device: torch.device,
+    dtype: torch.dtype,
+    whole: bool,
+) -> float:
+    heads, key_heads, dim = shape
     generator = torch.Generator().manual_seed(0)
     lengths = [BLOCK + 40, 30, 90]  # of whole sequences; of a prompt and two answers
     columns = sum(lengths)
@@ -223,7 +234,7 @@ def kernel_gap(
         ends_BT = torch.tensor([[end for end, length in zip(ends, lengths, strict=True) for _ in range(length)]])
         positions_BT = torch.cat([torch.arange(length) + at for at, length in zip(first, lengths, strict=True)])[None]
         ends_BT, positions_BT = ends_BT.to(device), positions_BT.to(device)
-        for window in {None if window is None else min(window, BLOCK // 2) for window in windows.values()}:
+        for window in {None if window is None else min(window, BLOCK // 2) for window in windows}:
             mask = tree_mask(ends_BT, positions_BT, window)
             if whole and not tree:
                 mask.starts_N, mask.longest = torch.tensor(starts, dtype=torch.int32, device=device), max(lengths)

@@ -5,8 +5,9 @@ one row. Losses are sums over tokens, so gradients do not depend on this (attent
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -60,6 +61,30 @@ class MicroBatch:
         return replace(self, loss=self.loss.none_of(), others=self.others.none_of())
 
 
+class MicroBatches(Sequence[MicroBatch]):
+    """Each is made when it is read: all of a large step would take as much memory as its data.
+    `spare`: rows of the last ones, which have no positions."""
+
+    def __init__(
+        self,
+        make: Callable[[list["_Row"]], MicroBatch],
+        batches: list[list["_Row"]],
+        spare: list["_Row"],
+        num_batches: int,
+    ):
+        self._make, self._batches, self._spare, self._num_batches = make, batches, spare, num_batches
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __getitem__(self, number: int) -> MicroBatch:  # type: ignore[override]
+        if not 0 <= number < self._num_batches:
+            raise IndexError(number)
+        if number < len(self._batches):
+            return self._make(self._batches[number])
+        return self._make(self._spare).without_positions()
+
+
 @dataclass
 class _Row:
     """The data in a row. `tokens[i]` of datum `data[i]` are at `columns[i]`."""
@@ -81,7 +106,7 @@ def micro_batches(
     ranks: int = 1,
     packed: bool = False,
     row_tokens: int | None = None,
-) -> list[MicroBatch]:
+) -> Sequence[MicroBatch]:
     """The chosen data in batches of at most `token_budget` padded tokens (a longer row goes alone),
     longest rows first, for an early memory peak. `share`: sequences with a common prefix may share
     a row of up to `row_tokens`. Widths are padded to multiples of `bucket`. `packed`: all rows of a
@@ -99,10 +124,8 @@ def micro_batches(
         rows = [_Row([d], [np.array(ids)], [np.arange(len(ids))], len(ids)) for d, ids in tokens.items()]
     rows.sort(key=lambda row: -row.length)
     batches_R = [_batches(rows, token_budget, packed) for rows in _cut(rows, ranks)]
-    batches = [_collate(data_D, rows, carries, device, bucket, packed) for rows in batches_R[rank]]
-    if spare := max(map(len, batches_R)) - len(batches):
-        batches += [_collate(data_D, rows[-1:], carries, device, bucket, packed).without_positions()] * spare
-    return batches
+    make = partial(_collate, data_D, carries=carries, device=device, bucket=bucket, packed=packed)
+    return MicroBatches(make, batches_R[rank], rows[-1:], max(map(len, batches_R)))
 
 
 def _cut(rows: list[_Row], ranks: int) -> list[list[_Row]]:

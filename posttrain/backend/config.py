@@ -55,13 +55,13 @@ class BackendConfig:
     sampler_memory_gb: float | None = chz.field(
         default=None,
         validator=POSITIVE,
-        doc="KV cache of each vLLM engine, in GiB; None = 1 on a CPU, and on a GPU what max_num_seqs full sequences "
-        "need, at most gpu_memory_utilization",
+        doc="KV cache of each engine, in GiB; None = 1 on a CPU (2 if torch samples), and on a GPU what max_num_seqs "
+        "full sequences need, at most gpu_memory_utilization",
     )
     gpu_memory_utilization: float = chz.field(
         default=0.4,
         validator=POSITIVE_SHARE,
-        doc="share of the GPU's free memory that the KV cache of a vLLM engine may take; the trainer needs the rest",
+        doc="share of the GPU's free memory that the KV cache of an engine may take; the trainer needs the rest",
     )
     sleep_while_training: bool = chz.field(
         default=False,

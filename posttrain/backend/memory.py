@@ -2,23 +2,25 @@
 
 import ctypes
 import sys
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
+from posttrain.backend.architectures import heads_of_layers
 from posttrain.backend.config import BackendConfig, compute_dtype
 
 GIB = 2**30
 
 
-def kv_cache_bytes(hf_config: PretrainedConfig, max_length: int, config: BackendConfig, device: torch.device) -> int:
-    """For one engine: the configured size; else 1 GiB on a CPU, and on a GPU enough for
-    `max_num_seqs` full sequences, within the share, which replicas on the trainer's GPU divide."""
+def kv_cache_bytes(
+    hf_config: PretrainedConfig, max_length: int, config: BackendConfig, device: torch.device, vllm: bool = True
+) -> int:
+    """For one engine: the configured size; else 1 GiB on a CPU, 2 if torch samples, and on a GPU enough
+    for `max_num_seqs` full sequences, within the share, which replicas on the trainer's GPU divide."""
     if config.sampler_memory_gb is not None:
         return int(config.sampler_memory_gb * GIB)
     if device.type != "cuda":
-        return GIB
+        return GIB if vllm else 2 * GIB  # torch keeps room for all that a sequence may become
     itemsize = torch.finfo(compute_dtype(device, config)).bits // 8
     wanted = config.max_num_seqs * (max_length + 16) * kv_bytes_per_token(hf_config, itemsize)
     free = free_on_gpu(device)
@@ -28,11 +30,7 @@ def kv_cache_bytes(hf_config: PretrainedConfig, max_length: int, config: Backend
 
 def kv_bytes_per_token(hf_config: PretrainedConfig, itemsize: int) -> int:
     """An upper bound if some layers have a window, or no attention and no heads (Mamba)."""
-    text: Any = hf_config.get_text_config()
-    query_heads = getattr(text, "num_attention_heads", None) or 1
-    heads = getattr(text, "num_key_value_heads", None) or query_heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // query_heads
-    return 2 * text.num_hidden_layers * heads * head_dim * itemsize
+    return 2 * itemsize * sum(heads * dim for _, heads, dim in heads_of_layers(hf_config))
 
 
 def free_on_gpu(device: torch.device) -> int:

@@ -43,6 +43,7 @@ VLLM_BYTES = {"cpu": int(0.45 * GIB), "cuda": 2 * GIB}  # not on Apple's GPU
 # what a pass has freed but glibc keeps.
 PACKED_LAYERS, PACKED_HEADS = 0.65, 4.8
 PROBE_TOKENS = (32, 64)  # of the fake passes
+PROMPT_BYTES = GIB  # of prompts that the torch sampler reads in one pass
 SAMPLER_BYTES = 28  # per sequence and token of the vocabulary: logits, logprobs, their running sums
 FEWEST_TOKENS = 512  # of a micro-batch that is still suggested
 # A run is not planned in detail where it surely fits.
@@ -232,11 +233,19 @@ class PlannedRun:
             if self._borrows:
                 name = f"sampler weights, {_name(self.compute)}, as it opens"
                 parts[name] = self.compute.itemsize * self.size.parameters
-            parts["KV cache"] = rows * self.max_length * kv_bytes_per_token(self.hf_config, self.compute.itemsize)
+            parts |= {name: self.engines * size for name, size in self._batch().items()}
         if self.lora_room and self.device.type == "cpu":
             tokens = tokens_of_a_step(self.max_length, self.backend)
             parts[f"adapters of {tokens} tokens"] = 4 * tokens * self.lora_room * self.size.intermediate
         return parts | (self._engine() if self.backend.sleep_while_training else {})
+
+    def _batch(self) -> dict[str, int]:
+        """Of one torch sampler, whose limits one sequence of the whole context may exceed."""
+        rows, length, item = self.backend.max_num_seqs, self.max_length, self.compute.itemsize
+        one = length * kv_bytes_per_token(self.hf_config, item)
+        most = kv_cache_bytes(self.hf_config, length, self.backend, self.device, vllm=False)
+        read, alone = (prompt_bytes(self.size, n, length, item) for n in (rows, 1))
+        return {"KV cache": max(one, min(rows * one, most)), "prompts": max(alone, min(read, PROMPT_BYTES))}
 
     def changed(self, **settings: Any) -> "PlannedRun":
         """With other settings of the backend."""
@@ -364,6 +373,13 @@ def _read(file: Path) -> str:
 
 def _name(dtype: torch.dtype) -> str:
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
+
+
+def prompt_bytes(size: ModelSize, rows: int, width: int, itemsize: int) -> int:
+    """Of a pass of the torch sampler over padded prompts: activations of a layer, and the mask, as
+    booleans and as numbers, which one prompt does not need."""
+    mask = (1 + itemsize) * width if rows > 1 else 0
+    return rows * width * (itemsize * (4 * size.intermediate + 8 * size.hidden) + mask)
 
 
 # --- a model of fake tensors ----------------------------------------------------------------------

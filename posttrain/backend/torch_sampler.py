@@ -1,7 +1,7 @@
 """Sampling with torch and transformers: the reference for vLLM, and the engine without it. A batch
 of prompts is padded on the left, prefilled once, and decoded with a KV cache; finished rows leave
 it. Each row has its own generator: its tokens do not depend on other rows. Left out: joining a
-batch that is decoding.
+batch that is decoding, which is why a batch has room for all that its rows may become.
 """
 
 from collections.abc import Sequence
@@ -21,6 +21,8 @@ from posttrain.backend.device_lock import computing
 from posttrain.backend.engine import Sampled, SequenceRequest, Weights
 from posttrain.backend.errors import ModelError
 from posttrain.backend.logprobs import fp32_logits, target_logprobs
+from posttrain.backend.memory import kv_bytes_per_token, kv_cache_bytes
+from posttrain.backend.memory_plan import PROMPT_BYTES, model_size, prompt_bytes
 from posttrain.backend.merged_lora import AdaptedWeights
 from posttrain.backend.model_checks import check_head
 from posttrain.backend.models import cast_weights, end_token_ids, fails_as
@@ -48,6 +50,9 @@ class TorchSampler:
         self._model: Any = cast_weights(model.to(device), self._dtype).eval()  # type: ignore[arg-type]
         self._tokenizer, self._device = tokenizer, device
         self._max_length, self._max_num_seqs = max_length, config.max_num_seqs
+        cache = kv_cache_bytes(model.config, max_length, config, device, vllm=False)
+        self._cache_tokens = cache // kv_bytes_per_token(model.config, self._dtype.itemsize)
+        self._size = model_size(model.config)
         self._transform, self._end_ids = logit_transform(model.config), end_token_ids(model.config, tokenizer)
         self._unmerged, self._shares = config.lora != "merged", config.lora == "shared"
         self._borrows = False  # the weights of passes
@@ -63,13 +68,27 @@ class TorchSampler:
     @computing()
     @torch.inference_mode()
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
-        """Decodes up to max_num_seqs waiting requests to the end."""
+        """Decodes a batch of waiting requests to the end."""
         # prompts of similar length waste less padding
-        requests = sorted(self._waiting, key=lambda request: len(request.prompt))[: self._max_num_seqs]
-        if not self._pads:
-            requests = [request for request in requests if len(request.prompt) == len(requests[0].prompt)]
+        requests = self._batch(sorted(self._waiting, key=lambda request: len(request.prompt)))
         self.drop(requests)
         return self._decode(requests) if requests else []
+
+    def _batch(self, waiting: list[SequenceRequest]) -> list[SequenceRequest]:
+        """The first, within max_num_seqs and the bytes of a pass and of the cache; one at least."""
+        batch: list[SequenceRequest] = []
+        prompts, answer = set[tuple[int, ...]](), 0
+        for request in waiting[: self._max_num_seqs]:
+            width, answer = len(request.prompt), max(answer, request.max_tokens)
+            prompts.add(tuple(request.prompt))
+            full = (
+                prompt_bytes(self._size, len(prompts), width, self._dtype.itemsize) > PROMPT_BYTES
+                or (len(batch) + 1) * (width + answer) > self._cache_tokens
+            )
+            if batch and (full or not self._pads and width != len(batch[0].prompt)):
+                break
+            batch.append(request)
+        return batch
 
     def drop(self, requests: Sequence[SequenceRequest]) -> None:
         for request in requests:

@@ -281,12 +281,14 @@ class Trainer:
         _check_one_width(data_D)
         batches = self._micro_batches(data_D, range(len(data_D)))
         with out_of_memory.explained(data_D, self.config):
+            parts, positions = [], []
             with torch.set_grad_enabled(len(batches) == 1):
-                parts = [p_NK for batch in batches for p_NK in self._logprobs(batch)]
+                for batch in batches:
+                    parts += self._logprobs(batch)
+                    positions += batch.loss, batch.others
             if len(batches) > 1:
                 for p_NK in parts:
                     p_NK.requires_grad_()
-            positions = [at for batch in batches for at in (batch.loss, batch.others)]
             logprobs_D = _split_by_datum(data_D, positions, [p_NK.cpu() for p_NK in parts])
             loss, metrics = fn(list(data_D), logprobs_D)
             check_loss(loss)
@@ -297,7 +299,7 @@ class Trainer:
         outputs = [{self.output_name: TensorData.from_torch(logprobs)} for logprobs in logprobs_D]
         return ForwardBackwardOutput(outputs, {**metrics, "loss:sum": loss.item()})
 
-    def _micro_batches(self, data_D: Sequence[Datum], chosen: Sequence[int]) -> list[MicroBatch]:
+    def _micro_batches(self, data_D: Sequence[Datum], chosen: Sequence[int]) -> Sequence[MicroBatch]:
         bucket = WIDTH_BUCKET if self.compiles or self.packs else 1
         tokens, longest = self.config.micro_batch_tokens, self.config.shared_row_tokens
         share, packed = self.shares_prefixes, self.packs
@@ -380,8 +382,10 @@ class Trainer:
 
     def _flat_logprobs(self, data_D: Sequence[Datum], batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Logprobs of all positions of all data, flat."""
-        positions = [positions for batch in batches for positions in (batch.loss, batch.others)]
-        parts = [p_NK for batch in batches for p_NK in Trainer._logprobs(self, batch)]
+        parts, positions = [], []
+        for batch in batches:
+            parts += Trainer._logprobs(self, batch)
+            positions += batch.loss, batch.others
         return torch.cat([p.flatten() for p in _split_by_datum(data_D, positions, parts)])
 
     def _check_head(self) -> None:
