@@ -26,7 +26,9 @@ pack() {
   tail -c +$((part - wheels + 1)) .light/archive | split -b $part -a 1 --numeric-suffixes=2 - .light/vllm.tar.xz.
   mv .light/vllm.tar.xz.2 .light/2/ && mv .light/vllm.tar.xz.3 .light/3/
   rm .light/archive
-  du -sm .light/*
+  project=$(git ls-files -z | xargs -0r cat | wc -c)
+  echo "with each command: $(((project + part) >> 10)) KiB of at most $((64 << 10))"
+  ((project + part < 64 << 20))
 }
 
 copy_results() {
