@@ -187,7 +187,8 @@ class VllmEngine:
     def _drain(self) -> None:
         """Waits for the batch that is computed while the next is planned, as on a GPU, and plans none. A reset would
         drop its tokens, and vLLM ends where these come with the logprobs of a prompt; sleep would take its memory."""
-        core = self._engine.engine_core.engine_core
+        client: Any = self._engine.engine_core
+        core = client.engine_core
         if not core.batch_queue:
             return
         core.pause_scheduler(mode="keep", clear_cache=False)
