@@ -26,7 +26,7 @@ pack() {
   tail -c +$((part - wheels + 1)) .light/archive | split -b $part -a 1 --numeric-suffixes=2 - .light/vllm.tar.xz.
   mv .light/vllm.tar.xz.2 .light/2/ && mv .light/vllm.tar.xz.3 .light/3/
   rm .light/archive
-  project=$(git ls-files -z | xargs -0r cat | wc -c)
+  project=$(git ls-files -z | xargs -0r cat | wc -c) || true # no repository
   echo "with each command: $(((project + part) >> 10)) KiB of at most $((64 << 10))"
   ((project + part < 64 << 20))
 }
