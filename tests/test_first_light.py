@@ -1,6 +1,7 @@
 """First light: aims and their verdicts, ratios, and what only a GPU's blocks do, with a stand-in."""
 
 import json
+import os
 import shutil
 import subprocess
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
-from benchmarks.gpu import first_light, large_models, train_step
+from benchmarks.gpu import first_light, large_models, learning, train_step, warm_start
 from benchmarks.gpu.aims import AIMS, Aim, table
 from benchmarks.gpu.checks import Record
 from benchmarks.gpu.half_b_engine import loads
@@ -23,7 +24,9 @@ from benchmarks.gpu.sampling import FIRST, MORE, in_order, summary
 from posttrain.backend import vllm_weights
 from posttrain.backend.models import PRESETS
 from posttrain.backend.vllm_copies import record
+from posttrain.tracking.run_folder import RunFolder
 from tests.pretend_gpu import pretend_gpu
+from tests.processes import wait_until
 from tests.test_vllm_copies import Loaded, random
 
 
@@ -129,6 +132,50 @@ def test_what_is_sent_back_is_never_half_written(tmp_path: Path) -> None:
     subprocess.run(["bash", "-c", f"{command}\ncopy_results"], check=True)
     assert {file.name for file in sent.iterdir()} == {"first_light.json", "first_light.tgz"}
     assert b"facts.log" in subprocess.run(["tar", "-tzf", sent / "first_light.tgz"], capture_output=True).stdout
+
+
+def test_a_run_left_behind_outlives_its_command_and_ends_with_the_next(tmp_path: Path) -> None:
+    script = (first_light.ROOT / "benchmarks" / "gpu" / "offline.sh").read_text()
+    functions = script[script.index("start_beside() {") : script.index("case $1 in")]
+    driver = tmp_path / "sent" / "benchmarks" / "gpu" / "first_light.py"
+    driver.parent.mkdir(parents=True)
+    driver.write_text("import sys, time\nprint(*sys.argv[1:], flush=True)\ntime.sleep(1000)\n")
+    keep = tmp_path / "kept"
+
+    def command(line: str) -> None:
+        setting = f"set -euo pipefail; keep={keep}; cd {tmp_path / 'sent'}\n{functions}\n"
+        subprocess.run(["bash", "-c", setting + line], check=True)
+
+    command("start_beside warm_start")
+    shutil.rmtree(tmp_path / "sent" / "benchmarks")  # the next command brings it anew
+    beside, log = int((keep / "beside.pid").read_text()), keep / "beside.log"
+    process = Path(f"/proc/{beside}/cmdline")
+    wait_until(lambda: log.exists() and "--blocks warm_start" in log.read_text())
+    assert os.getsid(beside) == beside  # the machine ends what is of the command's session
+    command("stop_beside; stop_beside")
+    assert not process.exists() or not process.read_bytes()
+
+
+def test_rl_goes_on_from_a_supervised_run_that_is_done(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    began = []
+
+    def run(record: Record, name: str, command: str, folder: Path, show: Any) -> None:
+        began.append(name)
+        metric = learning.ALONE if name == "sft" else learning.AFTER_RL
+        for step, accuracy in ((0, 0.25), (2, 0.5), (4, 0.375)):
+            (folder / "checkpoints" / f"{step:06d}").mkdir(parents=True)
+            RunFolder(folder).record_checkpoint(f"{step:06d}", step, folder / "checkpoints" / f"{step:06d}")
+            with open(folder / "metrics.jsonl", "a") as file:
+                file.write(json.dumps({"step": step, metric: accuracy + (name == "rl") * 0.25}) + "\n")
+        (folder / "checkpoints" / "final").mkdir()
+        assert name == "sft" or f"{tmp_path}/learning/sft/checkpoints/000002" in command  # the best
+        show(folder)
+
+    monkeypatch.setenv("BLOCK_RUNS", str(tmp_path))
+    monkeypatch.setattr(learning, "run", run)
+    warm_start.main()
+    learning.main()
+    assert began == ["sft", "rl"] and not list(tmp_path.iterdir())
 
 
 def test_figures_of_a_cpu_are_not_judged() -> None:

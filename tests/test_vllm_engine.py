@@ -14,9 +14,11 @@ import torch
 
 import posttrain.backend.vllm_engine
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.engine import Sampled
+from posttrain.backend.engine import Sampled, SequenceRequest
 from posttrain.backend.errors import EngineError, ModelError
+from posttrain.backend.models import load_model
 from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import LoraConfig, SamplingParams
 from posttrain.backend.vllm_settings import vllm_is_installed
@@ -137,3 +139,55 @@ def test_global_generators_are_untouched_by_models(
     torch_service.create_scalar_client("micro", lora)
     torch_service.create_sampling_client(base_model="micro")
     assert global_draws() == expected
+
+
+# Trap: on a GPU vLLM plans a step while the one before is computed, and a sync between the two dropped what came of it:
+# with a prompt's logprobs, which nobody computes again, that ended the engine.
+@pytest.mark.needs_vllm
+def test_a_sync_beside_a_step_in_flight_drops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.engine.arg_utils import EngineArgs
+
+    create = EngineArgs.create_engine_config
+
+    def as_on_a_gpu(self: Any) -> Any:
+        vllm_config = create(self)
+        vllm_config.scheduler_config.async_scheduling = True
+        return vllm_config
+
+    monkeypatch.setattr(EngineArgs, "create_engine_config", as_on_a_gpu)
+    cpu, config = torch.device("cpu"), BackendConfig(engine="vllm", max_num_seqs=8, sampler_memory_gb=0.1)
+    model = load_model("micro", 0, cpu, torch.float32)
+    engine = posttrain.backend.vllm_engine.VllmEngine(
+        model.config, load_tokenizer("micro", 256), 256, config, cpu, True
+    )
+
+    def asked(max_tokens: int) -> SequenceRequest:
+        request = SequenceRequest(prompt_of(20).to_ints(), SamplingParams(stop=[]), max_tokens, seed=1, topk_prompt=0)
+        engine.add(request)
+        return request
+
+    def answered(request: SequenceRequest, steps_before_a_sync: int | None) -> Sampled:
+        found = []
+        for step in range(20):
+            if step == steps_before_a_sync:
+                engine.load_weights(model.state_dict().items())
+            found += engine.step()
+        ((finished, sampled),) = found
+        assert finished is request
+        return sampled
+
+    try:
+        engine.load_weights(model.state_dict().items())
+        alone = answered(asked(4), None)
+        for steps in range(4):
+            disturbed = answered(asked(4), steps)
+            assert disturbed.sequence.tokens == alone.sequence.tokens
+            assert disturbed.prompt_logprobs and alone.prompt_logprobs
+            assert disturbed.prompt_logprobs[1:] == pytest.approx(alone.prompt_logprobs[1:], abs=SAMPLER_GAP)
+        cancelled = asked(1)
+        engine.step()
+        engine.load_weights(model.state_dict().items())  # which waits for its only token
+        engine.drop([cancelled])
+        assert engine.step() == []
+    finally:
+        engine.close()

@@ -22,6 +22,10 @@ class Record:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self._record: dict[str, Any] = {"passed": True, "device": name, "failed": []}
 
+    @property
+    def passed(self) -> bool:
+        return self._record["passed"]
+
     def figure(self, name: str, value: Any) -> None:
         self._record[name] = float(f"{value:.4g}") if isinstance(value, float) else value
         print(json.dumps(self._record | {"passed": False, "error": "ended early"}), flush=True)

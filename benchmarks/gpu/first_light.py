@@ -8,7 +8,8 @@ its own with a time limit.
 A block prints its record after each figure, one JSON object on a line; the last becomes
 FOLDER/NAME.json, also while it runs, what else it prints goes to FOLDER/NAME.log. A block that fails or runs out of time
 is recorded as such, with the figures it had, and the next one runs. A session that was cut off goes
-on: first with the blocks that have no JSON, then with those that did not pass. FOLDER/first_light.json
+on: first with the blocks that have no JSON, then with those that did not pass; training runs, which are in FOLDER/runs
+until they are done, from their last checkpoint. FOLDER/first_light.json
 has them all, the machine, and the aims (aims.py) with what was reached.
 Without a GPU everything runs on the CPU, where the JSON says so. The exit status is the number of
 blocks that did not pass.
@@ -43,6 +44,7 @@ SECONDS = {
     "half_b_engine": 180,
     "sampling": 310,
     "large_models": 150,
+    "warm_start": 150,
     "learning": 330,
     "belief_state": 60,
     "sleep": 120,
@@ -108,7 +110,7 @@ def run_block(name: str, out: Path, limit: float) -> dict[str, Any]:
     with open(out / f"{name}.log", "w+") as log:
         process = subprocess.Popen(
             command,
-            env=os.environ | ENVIRONMENT | {"BLOCK_SECONDS": str(limit)},
+            env=os.environ | ENVIRONMENT | {"BLOCK_SECONDS": str(limit), "BLOCK_RUNS": str((out / "runs").resolve())},
             cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,

@@ -5,11 +5,14 @@ Long enough to see that both learn. The command lines' own checks (sampler again
 end a run that is wrong.
 """
 
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +33,30 @@ RL = (
 VLLM = "backend.engine=vllm backend.sampler_memory_gb=1"
 
 
+@contextmanager
+def run_folders(block: str, record: Record | None = None) -> Iterator[Path]:
+    """The folder of a block's runs. That of first_light.py is there when the block is started again, or another
+    block goes on, until the block whose `record` it is has passed."""
+    if not (kept := os.environ.get("BLOCK_RUNS")):
+        with tempfile.TemporaryDirectory() as folder:
+            yield Path(folder)
+        return
+    yield Path(kept) / block
+    if record and record.passed:
+        shutil.rmtree(Path(kept) / block)
+
+
 def run(
     record: Record, name: str, command: str, folder: Path, show: Callable[[Path], None] = lambda folder: None
 ) -> list[dict[str, Any]]:
     """Its metrics. `show` records figures of the run folder, whenever it has further metrics: a block
-    that is killed keeps them."""
+    that is killed keeps them. A run that was killed goes on."""
     start, metrics, seen = time.perf_counter(), folder / "metrics.jsonl", 0
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            [sys.executable, *command.split(), f"log_path={folder}"], stdout=output, stderr=subprocess.STDOUT
+            [sys.executable, *command.split(), f"log_path={folder}", "behavior_if_log_dir_exists=resume"],
+            stdout=output,
+            stderr=subprocess.STDOUT,
         )
         while process.poll() is None:
             time.sleep(0.5)

@@ -86,6 +86,7 @@ class VllmEngine:
         self._unfinished: dict[str, SequenceRequest] = {}
         self._ids: dict[SequenceRequest, str] = {}  # of thousands each may be dropped alone
         self._next_id = 0
+        self._drained: list[tuple[SequenceRequest, Sampled]] = []  # for the next step's answer
         if device.type == "cpu":
             return_free_memory()
         args = engine_args(hf_config, max_length, config, device, lora_room)
@@ -161,6 +162,10 @@ class VllmEngine:
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
         with _computing, computing(), self._generators:
             outputs: list[Any] = self._engine.step()
+        drained, self._drained = self._drained, []
+        return drained + self._finished(outputs)
+
+    def _finished(self, outputs: list[Any]) -> list[tuple[SequenceRequest, Sampled]]:
         for output in outputs:
             if (on_tokens := self._unfinished[output.request_id].on_tokens) and output.outputs[0].token_ids:
                 on_tokens(list(output.outputs[0].token_ids))
@@ -179,11 +184,26 @@ class VllmEngine:
         scored = score_prompt(request.scores, len(logprobs_TV), self._vocabulary, logprobs_TV.__getitem__)
         return replace(sampled, scored=scored)
 
+    def _drain(self) -> None:
+        """Waits for the batch that is computed while the next is planned, as on a GPU, and plans none. A reset would
+        drop its tokens, and vLLM ends where these come with the logprobs of a prompt; sleep would take its memory."""
+        client: Any = self._engine.engine_core
+        core = client.engine_core
+        if not core.batch_queue:
+            return
+        core.pause_scheduler(mode="keep", clear_cache=False)
+        with _computing, computing(), self._generators:
+            while core.batch_queue:
+                self._drained += self._finished(self._engine.step())
+        core.resume_scheduler()
+
     def drop(self, requests: Sequence[SequenceRequest]) -> None:
         ids = [self._ids.pop(request) for request in requests if request in self._ids]
         self._engine.abort_request(ids)
         for request_id in ids:
             del self._unfinished[request_id]
+        dropped = {*requests}
+        self._drained = [answer for answer in self._drained if answer[0] not in dropped]
 
     def _check_every_parameter(self) -> None:
         """vLLM's loaders silently skip unknown names: loads something, and counts."""
@@ -206,6 +226,7 @@ class VllmEngine:
     def sleep(self) -> None:
         """Without requests: its memory is free until the next request or weights."""
         if not self._asleep:
+            self._drain()
             with _computing, computing(), _in_stream_order(self._device):
                 self._engine.sleep(level=1)
             self._asleep = True
@@ -223,6 +244,7 @@ class VllmEngine:
         self._wake()
         if self._borrower and (base := self._borrower()) and getattr(weights, "base", None) is not base:
             raise RuntimeError("the engine was to replace weights that passes read")
+        self._drain()
         with _computing, computing(), global_generators_kept(), _in_stream_order(self._device):
             if self._serves_adapters and isinstance(weights, AdaptedWeights):
                 self._load_adapted(weights)
