@@ -58,8 +58,9 @@ class LikelihoodReward(BatchReward):
     """Adds log p(answer | prompt, rationale) to each member's reward, and the answer's
     cross-entropy to the loss."""
 
-    def __init__(self, client: TrainingClient, config: "LikelihoodRewardBuilder"):
-        self._client, self._config = client, config
+    def __init__(self, client: TrainingClient, config: "LikelihoodRewardBuilder", trains: bool = True):
+        """`trains`: a backward pass follows. Otherwise no activations are kept for it."""
+        self._client, self._config, self._trains = client, config, trains
 
     async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
         members = [
@@ -94,7 +95,7 @@ class LikelihoodReward(BatchReward):
         Each trajectory keeps its rows."""
         rows = rows_of(groups_P)
         terms = [LossTerm(answers_D, "cross_entropy"), LossTerm([row.datum() for row in rows], "reinforce")]
-        answers, rollouts = await self._client.forward_terms(terms, keep=True)
+        answers, rollouts = await self._client.forward_terms(terms, keep=self._trains)
         for row, kept in zip(rows, rollouts.kept_D or (), strict=False):
             p, g = row.origin
             groups_P[p].trajectories_G[g].kept.append(kept)

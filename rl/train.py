@@ -48,7 +48,12 @@ from rl.train_step import Learner, StepOutcome, train_step
 from rl.transcripts import write_rollouts
 from supervised.evaluators import Evaluated, RunEvaluators
 
-HEADLINE = {"env/all/reward/total": "reward", "test/env/all/correct": "test", "optim/logprob_gap_mean": "gap"}
+HEADLINE = {
+    "env/all/reward/total": "reward",
+    "test/env/all/correct": "test",
+    "teacher_kl": "teacher kl",
+    "optim/logprob_gap_mean": "gap",
+}
 
 
 @with_restarts

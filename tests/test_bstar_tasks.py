@@ -6,12 +6,18 @@ import asyncio
 import json
 from pathlib import Path
 
+import chz
 import pytest
 
-from posttrain.backend.errors import DataError
+from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
+from posttrain.tracking.stages import run_stages
 from preference.solutions import grade
+from recipes.bstar.config import Config
+from recipes.bstar.rewards import PrmRewardBuilder, RewardBuilder
+from recipes.bstar.stages import beginning, policy_path
 from recipes.bstar.tasks import (
     STEP_END,
     ArcBuilder,
@@ -126,6 +132,32 @@ def test_arc_numbers_become_letters_and_has_nothing_to_imitate(tmp_path):
     task = build(ArcBuilder(data_dir=str(write(tmp_path, ARC)), num_dev=1))
     assert task.train[0].problem.question.startswith("Which is a metal?\nA. iron\nB. wood\nC. salt\nThink")
     assert task.warm_start == [] and task.train[0].problem.solution is None
+
+
+# Trap: a chat model needs nothing to imitate, and ARC has nothing.
+def test_without_solutions_the_rounds_begin_with_the_model_as_it_is(tmp_path, torch_service):
+    arc = ArcBuilder(data_dir=str(write(tmp_path / "arc", ARC)), num_dev=1)
+    client = torch_service.create_training_client("tiny", seed=1)
+    given = client.save_state(str(tmp_path / "given")).result().path
+    common = {
+        "task": arc,
+        "model_name": "tiny",
+        "load_checkpoint_path": given,
+        "backend": BackendConfig(engine="torch"),
+    }
+    config = Config(reward=RewardBuilder(), log_path=str(tmp_path / "run"), **common)
+    stages = beginning(config, build(arc))
+    asyncio.run(run_stages(stages))
+    assert policy_path(config) == stages[-1].result
+    weights = "model.safetensors"
+    assert (stages[-1].result / weights).read_bytes() == (Path(given) / weights).read_bytes()
+    with pytest.raises(ConfigError, match="no human solutions"):
+        beginning(chz.replace(config, reward=PrmRewardBuilder()), build(arc))
+    gsm8k = Gsm8kBuilder(data_dir=str(write(tmp_path / "gsm8k", GSM8K)), num_dev=1)
+    imitating = chz.replace(config, task=gsm8k)
+    assert "dataset" in chz.asdict(beginning(imitating, build(gsm8k))[0].settings)
+    as_it_is = beginning(chz.replace(imitating, warm_start_steps=0), build(gsm8k))
+    assert as_it_is[0].made_with() == stages[0].made_with()
 
 
 def test_generated_programs_are_held_out(tmp_path):

@@ -109,6 +109,8 @@ def test_a_kept_forward_serves_part_of_its_data_once_and_under_its_own_weights(
     groups_P = groups(np.random.default_rng(2))
     client = torch_service.create_training_client("tiny")
     trainer: Any = client._trainer
+    asyncio.run(LikelihoodReward(client, LikelihoodRewardBuilder(), trains=False)(groups(np.random.default_rng(2))))
+    assert trainer.kept is None  # an evaluation, after which no activations are held
     asyncio.run(LikelihoodReward(client, LikelihoodRewardBuilder())(groups_P))
     policy, answers = terms(groups_P, np.random.default_rng(3))
     assert policy.kept_D and answers.kept_D

@@ -151,7 +151,11 @@ def test_what_may_have_been_meant_is_named(tmp_path: Path) -> None:
     folder = save_random_model("Llama 3", tmp_path / "models--me--mine" / "snapshots" / "4d7a")
     (gguf := tmp_path / "llama.cpp" / "model-Q4_K_M.gguf").parent.mkdir()
     gguf.write_bytes(b"GGUF")
+    run = tmp_path / "runs" / "sft"  # its config.json has the settings of the run
+    trained = save_random_model("Llama 3", run / "checkpoints" / "final")
+    (run / "config.json").write_text('{"settings": {"model_name": "tiny"}}')
     for given, says in (
+        (run, f"it is the folder of a run; did you mean {trained}?"),
         (folder / "config.json", "is a file: give a model's folder"),
         (folder.parent, f"did you mean {folder}?"),
         (folder.parent.parent, f"did you mean {folder}?"),

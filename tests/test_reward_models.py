@@ -18,6 +18,7 @@ from posttrain.backend.errors import ConfigError, ContextLengthError, DataError,
 from posttrain.backend.tokenizers import character_tokenizer, load_tokenizer
 from posttrain.backend.types import ModelInput
 from posttrain.renderers import get_renderer
+from posttrain.renderers.turns import encode
 from posttrain.renderers.types import Message
 from preference import train_reward_model
 from preference.bradley_terry import (
@@ -42,6 +43,7 @@ from rl.types import TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests import commands
 from tests.conftest import ROOT, rounded
 from tests.test_message_parts import RENDERERS
+from tests.test_renderers import bpe_tokenizer
 
 TORCH = BackendConfig(engine="torch")
 
@@ -182,6 +184,24 @@ def test_scores_are_trained_where_sampled_answers_end(name):
     datum = step_datum(StepRecord("7=", ["1+6", "#7"], [1, 1]), renderer, config)
     assert datum is not None and datum.model_input.to_ints() == tokens
     assert np.flatnonzero(datum.loss_fn_inputs["step_ends"].array)[-1] == len(tokens) - 1
+
+
+# Trap: an answer that begins with a line break, which joins that of the prompt in one token.
+def test_sampled_white_space_before_an_answer_is_scored():
+    renderer = get_renderer("chat_template", bpe_tokenizer(str(character_tokenizer(512).chat_template)))
+    prompt = renderer.build_generation_prompt(said("user", "7=")).to_ints()
+    for written in ("\n1+6;#7", "\n\n 1+6;#7"):
+        conversation = [*said("user", "7="), *said("assistant", written)]
+        with pytest.raises(DataError, match="joins"):
+            renderer.build_supervised_example(conversation)
+        tokens, weights = scored_tokens(renderer, conversation)
+        answer = encode(renderer.tokenizer, written + "<|im_end|>")
+        assert tokens == prompt + answer and weights == [0.0] * len(prompt) + [1.0] * len(answer)
+        config = StepExamplesBuilder(path="", form=StepFormat(separator=";", answer_marker="#"), last_tokens=1)
+        datum = step_datum(StepRecord("7=", [*written.split(";")], [1, 1]), renderer, config)
+        assert datum is not None and datum.model_input.to_ints() == tokens
+    with pytest.raises(DataError, match="message 1"):  # another fault of such an answer stays one
+        scored_tokens(renderer, [*said("user", "7="), *said("assistant", "\n7<|im_end|>")])
 
 
 # --- training, saving, opening ------------------------------------------------------------------

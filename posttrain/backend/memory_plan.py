@@ -281,13 +281,13 @@ class PlannedRun:
         return None
 
     def _remedies(self) -> dict[str, list[Any]]:
-        """Settings that need less memory, the mildest value first."""
+        """Settings that need less memory, the mildest value first; last the one that changes what is trained."""
         backend, tokens = self.backend, self.backend.micro_batch_tokens
         return {
             "micro_batch_tokens": [tokens >> k for k in range(1, 16) if tokens >> k >= FEWEST_TOKENS],
             "gradient_checkpointing": [] if backend.gradient_checkpointing else [True],
-            "moments": [] if backend.moments == "8bit" or self.lora else ["8bit"],
             "max_num_seqs": [n for n in (128, 64, 32, 16) if self.samples and n < backend.max_num_seqs],
+            "moments": [] if backend.moments == "8bit" or self.lora else ["8bit"],
         }
 
 

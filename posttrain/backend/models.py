@@ -224,6 +224,8 @@ def _reason(error: BaseException, path: Path | None = None) -> str:
         return "it needs code of its own from its repository, which this project does not run"
     if "model type" in text or "Unrecognized model" in text:
         kind = re.search(r"model type `?([\w.-]+)`? but", text)
+        if not kind and path and (inside := checkpoints_in(path / "checkpoints")):
+            return f"it is the folder of a run; did you mean {inside[-1]}?"
         named = f"its architecture {kind[1]!r}" if kind else "its architecture (model_type in config.json)"
         return f"{named} is unknown to transformers {transformers.__version__}: a newer version may have it"
     if "conversion of the weights" in text:  # of some quantised experts

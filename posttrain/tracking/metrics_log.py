@@ -113,6 +113,7 @@ def print_metrics_table(metrics: Mapping[str, float], title: str, names: Sequenc
 # The most important metrics, in this order; a run has some of them.
 IMPORTANT = (
     *("test/env/all/correct", "test/env/all/reward/total", "env/all/correct", "env/all/reward/total"),
+    *("test/teacher_kl", "train_teacher_kl", "teacher_kl"),  # of distillation
     *("test/nll", "train_mean_nll", "test/dpo_loss", "dpo_loss", "train_loss", "test/loss_next_token"),
     *("test/accuracy", "accuracy", "train_accuracy", "test/exact", "test/first_hop", "test/margin", "margin"),
     *("optim/logprob_gap_mean", "optim/entropy", "kl_policy_base", "env/all/ac_tokens_per_turn", "env/all/turns"),

@@ -43,14 +43,18 @@ class Config:
         default=None, doc="initial weights of the warm start; None = those of model_name"
     )
     renderer_name: str | None = chz.field(
-        default="plain", doc="role_colon, chat_template or plain; None = by the tokenizer"
+        default=None, doc="chat_template, plain or role_colon; None = plain for presets, else by the tokenizer"
     )
     lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of a LoRA adapter; 0 trains all weights")
     seed: int = chz.field(
         default=0, validator=SEED, doc="seed of everything but the choice of questions (task.split_seed)"
     )
 
-    warm_start_steps: int = chz.field(default=1000, validator=COUNT, doc="maximum steps on human solutions")
+    warm_start_steps: int = chz.field(
+        default=1000,
+        validator=WHOLE,
+        doc="maximum steps on human solutions; 0 = begin with the model as it is, as for a task without any",
+    )
     warm_start_nll: float | None = chz.field(
         default=0.315,
         validator=NON_NEGATIVE,

@@ -1,8 +1,9 @@
 """The stages before the rounds: the warm-started policy and, if the reward needs it, a process
 reward model (PRM), which stays fixed.
 
-The warm start imitates human solutions and stops early, so that the policy still errs. More
-training makes it the completer, which labels the PRM's data by rollouts and is the PRM's trunk.
+The warm start imitates human solutions and stops early, so that the policy still errs; without
+solutions it is the model as it is. More training makes it the completer, which labels the PRM's data
+by rollouts and is the PRM's trunk.
 """
 
 from collections.abc import Awaitable
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import chz
 
-from posttrain.backend.types import Datum, SamplingParams
+from posttrain.backend.errors import ConfigError
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.types import Datum, LoraConfig, SamplingParams
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.datasets import ListDataset
 from posttrain.tracking.jsonl import read_jsonl
@@ -47,11 +50,19 @@ def prm_path(config: Config) -> Path:
 
 def beginning(config: Config, task: Task) -> list[Stage]:
     """The stages in order; the last is the one that the methods need."""
-    policy = _imitation(config, "warm_start", config.warm_start_steps, config.warm_start_nll, [])
+    if task.warm_start and config.warm_start_steps:
+        policy = _imitation(config, "warm_start", config.warm_start_steps, config.warm_start_nll, [])
+    else:
+        policy = _as_it_is(config)
     if not config.reward.needs_prm:
         return [policy]
     completer = policy
     if config.completer_steps:
+        if not task.warm_start:
+            raise ConfigError(
+                "the task has no human solutions to train the completer on: set reward=outcome, or completer_steps=0, "
+                "with which the policy completes"
+            )
         completer = _imitation(config, "completer", config.completer_steps, config.completer_nll, [policy])
     file, problems_P = config.folder / "prm_data" / "solutions.jsonl", task.prm
     params, number = SamplingParams(task.max_tokens, seed=1000 * config.seed + 1), config.prm_solutions
@@ -67,6 +78,22 @@ def beginning(config: Config, task: Task) -> list[Stage]:
 
     settings = {name: getattr(config, name) for name in ("prm_batch_size", "prm_epochs", "prm_learning_rate")}
     return [policy, Stage("prm", config.folder / "prm", settings, train, [labels], "checkpoints/final")]
+
+
+def _as_it_is(config: Config) -> Stage:
+    """The initial weights, where nothing is imitated."""
+    folder, path = config.folder / "warm_start", config.load_checkpoint_path
+
+    async def make() -> None:
+        with ServiceClient(config.backend, folder / "checkpoints") as service:
+            lora = LoraConfig(rank=config.lora_rank, seed=config.seed) if config.lora_rank else None
+            client = service.create_training_client(config.model_name, lora, config.seed)
+            if path:
+                await client.load_state(path)
+            await client.save_state("final")
+
+    settings = {name: getattr(config, name) for name in ("model_name", "load_checkpoint_path", "lora_rank", "seed")}
+    return Stage("warm_start", folder, settings, make, last="checkpoints/final")
 
 
 def _imitation(config: Config, name: str, steps: int, stop_at_nll: float | None, needs: list[Stage]) -> Stage:

@@ -23,6 +23,7 @@ from functools import cache, partial
 import chz
 
 from posttrain.backend.errors import ConfigError
+from posttrain.backend.models import PRESETS
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import LoraConfig
@@ -92,6 +93,8 @@ async def first_round(open_lab: Callable[[], Lab], name: str, plan: Plan) -> Non
 async def main(config: Config) -> None:
     if unknown := [name for name in config.methods if name not in METHODS]:
         raise ConfigError(f"methods={','.join(unknown)}: choose from {', '.join(METHODS)}")
+    if config.renderer_name is None and config.model_name in PRESETS:
+        config = chz.replace(config, renderer_name="plain")
     renderer = get_renderer(config.renderer_name, load_tokenizer(config.model_name, config.backend.max_length))
     task = config.task(renderer)
     plans = config.plans(task)

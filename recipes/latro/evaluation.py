@@ -75,7 +75,7 @@ class Evaluation:
             length, groups = self.env.response_length, self.env.groups(tasks, renderer)
             rollouts = await do_rollouts(groups, Policy(sampler, length), (self.seed, LIKELIHOOD))
             plain = LikelihoodRewardBuilder(likelihood_coef=0.0, non_stop_penalty=False)
-            metrics = await LikelihoodReward(client, plain)(rollouts)
+            metrics = await LikelihoodReward(client, plain, trains=False)(rollouts)
             metrics |= compute_trajectory_metrics(rollouts)
             dataset = ListDataset(responses(groups), 64, shuffle=False)
             metrics |= await RLTestSetEvaluator(dataset, length, seed=self.seed)(sampler)
