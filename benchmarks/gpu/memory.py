@@ -17,6 +17,7 @@ import torch
 
 from benchmarks.gpu.checks import Record
 from benchmarks.gpu.train_step import random_data
+from posttrain.backend import logprobs
 from posttrain.backend.config import BackendConfig, training_device
 from posttrain.backend.memory import GIB
 from posttrain.backend.memory_plan import planned
@@ -52,6 +53,7 @@ def peak_gib() -> float:
 def measure(config: Config) -> None:
     lora = LoraConfig(config.lora_rank) if config.lora_rank else None
     run = planned(config.model_name, config.backend, lora, samples=True)
+    logprobs.SPARE_BYTES = 2**60  # logits that are kept take what is free, which is not planned
     print(run.plan.table(), flush=True)
     length, peaks = config.backend.max_length or 512, {}
     with tempfile.TemporaryDirectory() as folder, ServiceClient(config.backend, folder) as service:
