@@ -134,7 +134,7 @@ class Cluster:
         env["OMP_NUM_THREADS"] = str(min(threads, int(os.environ.get("OMP_NUM_THREADS") or threads)))
         if self.config.replicas_share_gpu and (gpus := visible_gpus()):
             env["CUDA_VISIBLE_DEVICES"] = gpus[0]
-        paths = [str(PACKAGE.parent), *filter(None, sys.path)]
+        paths = [str(PACKAGE.parent), *map(os.path.abspath, sys.path)]
         return env | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
     def _reserve(self) -> Any:
@@ -164,7 +164,9 @@ class Cluster:
             )
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        folders = {"log_path": run_folder} | ({"backend.sync_dir": Path(d)} if (d := self.config.sync_dir) else {})
+        given = {"log_path": run_folder} | ({"backend.sync_dir": Path(d)} if (d := self.config.sync_dir) else {})
+        # a node's processes start where `ray start` was given
+        folders = {name: folder.expanduser().absolute() for name, folder in given.items()}
         with contextlib.ExitStack() as stack:
             tokens = {name: str(stack.enter_context(_token(folder))) for name, folder in folders.items()}
             here = node_report({})

@@ -31,7 +31,7 @@ def weight_folder(config: BackendConfig) -> Path:
     """A new folder, named after this process, which holds its lock. Folders whose process has died, as a
     free lock says, are removed: a process id may be of another container, which has this host's name."""
     shared_memory = Path("/dev/shm")
-    parent = Path(config.sync_dir).expanduser() if config.sync_dir else shared_memory
+    parent = Path(config.sync_dir).expanduser().absolute() if config.sync_dir else shared_memory
     if not config.sync_dir and not shared_memory.is_dir():
         parent = Path(tempfile.gettempdir())
     prefix = f"{FOLDER}-{socket.gethostname()}"
