@@ -72,7 +72,7 @@ class Cluster:
             _open.add(self)
 
     def start(
-        self, actor: type, *args: Any, bundle: int | None = None, gpus: int = 1, concurrency: int = 10_000, **env: str
+        self, actor: type, *args: Any, bundle: int | None = None, gpus: int = 1, concurrency: int = 10_000
     ) -> Any:
         """The handle of a new actor, which may not have started yet. `bundle`: its place among the
         reserved GPUs, ranks first. An actor of `concurrency` 1 has a thread more, for `pulse`."""
@@ -89,7 +89,7 @@ class Cluster:
             raise ConfigError(
                 f"another process needs {gpus} GPUs, and the cluster has {free:g} free: end what uses the others"
             )
-        options["runtime_env"] = {"env_vars": self._environment() | env}
+        options["runtime_env"] = {"env_vars": self._environment()}
         groups: dict[str, Any] = {"concurrency_groups": {PULSE: 1}} if concurrency == 1 else {}
         return self._ray.remote(num_cpus=0, **groups)(actor).options(**options).remote(*args)
 
