@@ -130,7 +130,9 @@ class TrainerRanks:
                 raise self._lose(f"training process {rank} has died ({error})")
         told = dict.fromkeys(f"{type(error).__name__}: {error}" for error in errors.values())
         if len(errors) < len(futures) or len(told) > 1:
-            raise self._lose(f"{len(errors)} of {len(futures)} training processes failed ({'; '.join(told)})")
+            at_work = ", ".join(str(rank) for rank, future in enumerate(futures) if not future.done())
+            others = f" while {at_work} was at work" if at_work else ""
+            raise self._lose(f"{len(errors)} of {len(futures)} training processes failed ({'; '.join(told)}){others}")
         raise errors[0]
 
     def _pending_after_first_error(self, futures: Sequence["Future[Any]"]) -> "set[Future[Any]]":
