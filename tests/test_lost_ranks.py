@@ -38,7 +38,7 @@ SILENT = object()
         (
             [OutOfMemoryError("no room"), SILENT],
             TrainerLostError,
-            r"1 of 2 .* failed \(OutOfMemoryError: no room\); all",
+            r"1 of 2 .* failed \(OutOfMemoryError: no room\) while 1 was at work; all",
         ),
         ([1, OutOfMemoryError("no room")], TrainerLostError, r"1 of 2 .* failed \(OutOfMemoryError: no room\)"),
         ([ValueError("a"), ValueError("b")], TrainerLostError, r"2 of 2 .* failed \(ValueError: a; ValueError: b\)"),

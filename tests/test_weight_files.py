@@ -1,5 +1,7 @@
 """Weights written by several ranks are read whole, and stay as long as the process that published them."""
 
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +13,7 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.left_behind import remove_own, weight_folder
 from posttrain.backend.ranks import Processes, local_rows
 from posttrain.backend.weight_files import FileWeights, read_joined, write_shard
+from tests.processes import runs, wait_until
 
 
 def test_what_ranks_write_is_joined(tmp_path: Path) -> None:
@@ -55,3 +58,30 @@ def test_folders_of_dead_processes_are_removed_and_those_of_other_containers_are
     remove_own(ours)  # gives the lock back
     remove_own(weight_folder(config))
     assert not any(tmp_path.iterdir())
+
+
+FORKS = """
+import os, sys, time
+from posttrain.backend.left_behind import start_keeper
+keeper = start_keeper([sys.argv[1]], [])
+if not (child := os.fork()):
+    time.sleep(600)
+print(child, flush=True)
+if sys.argv[2] == "closes":
+    keeper.communicate(b"closed")
+else:
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize(("ends", "stays"), [("closes", True), ("is killed", False)])
+def test_what_a_process_has_forked_does_not_keep_its_keeper_waiting(ends: str, stays: bool, tmp_path: Path) -> None:
+    """Of multiprocessing's processes each has the pipe, at whose end the keeper would be."""
+    folder, said = tmp_path / "weights", tmp_path / "said"
+    folder.mkdir()
+    with said.open("w") as out:
+        subprocess.run([sys.executable, "-c", FORKS, folder, ends], stdout=out, stderr=out, timeout=300)
+    child = int(said.read_text().split()[0])
+    wait_until(lambda: folder.exists() == stays)
+    assert runs(child)
+    os.kill(child, signal.SIGKILL)

@@ -72,7 +72,7 @@ class Cluster:
             _open.add(self)
 
     def start(
-        self, actor: type, *args: Any, bundle: int | None = None, gpus: int = 1, concurrency: int = 10_000, **env: str
+        self, actor: type, *args: Any, bundle: int | None = None, gpus: int = 1, concurrency: int = 10_000
     ) -> Any:
         """The handle of a new actor, which may not have started yet. `bundle`: its place among the
         reserved GPUs, ranks first. An actor of `concurrency` 1 has a thread more, for `pulse`."""
@@ -89,7 +89,7 @@ class Cluster:
             raise ConfigError(
                 f"another process needs {gpus} GPUs, and the cluster has {free:g} free: end what uses the others"
             )
-        options["runtime_env"] = {"env_vars": self._environment() | env}
+        options["runtime_env"] = {"env_vars": self._environment()}
         groups: dict[str, Any] = {"concurrency_groups": {PULSE: 1}} if concurrency == 1 else {}
         return self._ray.remote(num_cpus=0, **groups)(actor).options(**options).remote(*args)
 
@@ -134,7 +134,7 @@ class Cluster:
         env["OMP_NUM_THREADS"] = str(min(threads, int(os.environ.get("OMP_NUM_THREADS") or threads)))
         if self.config.replicas_share_gpu and (gpus := visible_gpus()):
             env["CUDA_VISIBLE_DEVICES"] = gpus[0]
-        paths = [str(PACKAGE.parent), *filter(None, sys.path)]
+        paths = [str(PACKAGE.parent), *map(os.path.abspath, sys.path)]
         return env | {"PYTHONPATH": os.pathsep.join(dict.fromkeys(paths))}
 
     def _reserve(self) -> Any:
@@ -164,7 +164,9 @@ class Cluster:
             )
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        folders = {"log_path": run_folder} | ({"backend.sync_dir": Path(d)} if (d := self.config.sync_dir) else {})
+        given = {"log_path": run_folder} | ({"backend.sync_dir": Path(d)} if (d := self.config.sync_dir) else {})
+        # a node's processes start where `ray start` was given
+        folders = {name: folder.expanduser().absolute() for name, folder in given.items()}
         with contextlib.ExitStack() as stack:
             tokens = {name: str(stack.enter_context(_token(folder))) for name, folder in folders.items()}
             here = node_report({})

@@ -31,7 +31,7 @@ def weight_folder(config: BackendConfig) -> Path:
     """A new folder, named after this process, which holds its lock. Folders whose process has died, as a
     free lock says, are removed: a process id may be of another container, which has this host's name."""
     shared_memory = Path("/dev/shm")
-    parent = Path(config.sync_dir).expanduser() if config.sync_dir else shared_memory
+    parent = Path(config.sync_dir).expanduser().absolute() if config.sync_dir else shared_memory
     if not config.sync_dir and not shared_memory.is_dir():
         parent = Path(tempfile.gettempdir())
     prefix = f"{FOLDER}-{socket.gethostname()}"
@@ -112,14 +112,27 @@ def _family(pid: int) -> list[int]:
     return [pid, *(below for child in children for below in _family(child))]
 
 
-# Reads until its pipe closes, which happens however the process that started it ends. Then it ends
-# Ray's processes and their children, workers too, and removes the folders. Ray ends a process without
-# a word when its own have died.
+# Waits for a word of the process that started it, or for its end. Its pipe does not close where that has forked
+# processes that live on, as multiprocessing does: they have it, too. Then it ends Ray's processes and their children,
+# workers too, and removes the folders. Ray ends a process without a word when its own have died.
 KEEPER = (
     f"{inspect.getsource(remove)}"
     + """
-import os, signal, sys, time
-folders, started = sys.argv[1].split(os.pathsep), {int(pid) for pid in sys.argv[2:]}
+import os, select, signal, sys, time
+parent, folders = int(sys.argv[1]), sys.argv[2].split(os.pathsep)
+started = {int(pid) for pid in sys.argv[3:]}
+
+def word():
+    said = b""
+    while said not in (b"closed", b"exit"):
+        lives = os.getppid() == parent
+        if select.select([0], [], [], 1 if lives else 0)[0]:
+            if not (read := os.read(0, 16)):
+                break
+            said += read
+        elif not lives:
+            break
+    return said
 
 def status(pid):  # state, parent, process group
     try:
@@ -143,7 +156,7 @@ def add_children(family):
             add_children(family)
 
 add_children(started)  # Ray's agents: a dead parent could not be asked later
-if (said := sys.stdin.buffer.read()) != b"closed":
+if (said := word()) != b"closed":
     if said != b"exit":
         text = "ERROR the main process was killed, by the system (memory?) or with Ray: resume the run from its last checkpoint"
         print(text, file=sys.stderr, flush=True)
@@ -166,7 +179,7 @@ if (said := sys.stdin.buffer.read()) != b"closed":
 
 
 def start_keeper(folders: list[str], pids: list[int]) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-S", "-c", KEEPER, os.pathsep.join(folders), *map(str, pids)]
+    command = [sys.executable, "-S", "-c", KEEPER, str(os.getpid()), os.pathsep.join(folders), *map(str, pids)]
     keeper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     atexit.register(_exits, keeper)
     return keeper

@@ -100,9 +100,9 @@ class Processes:
 ALONE = Processes()
 
 
-def join(rank: int, count: int, store: Any = None) -> Processes:
+def join(rank: int, count: int, store: Any) -> Processes:
     """The default group: NCCL for tensors on GPUs, gloo for those on the CPU and for objects.
-    `store`: a torch.distributed.Store in which they meet; None = that of torchrun's variables."""
+    `store`: a torch.distributed.Store in which they meet."""
     device = training_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -246,8 +246,3 @@ def local_rows(count: int, processes: Processes) -> slice:
     """The rows of a tensor of `count` rows that FSDP gives to this rank."""
     size = -(-count // processes.count)
     return slice(min(size * processes.rank, count), min(size * (processes.rank + 1), count))
-
-
-def squared_norm(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Of this rank's parts."""
-    return nn.utils.get_total_norm([local(tensor) for tensor in tensors]).square()

@@ -143,9 +143,22 @@ def _in_lasting_thread(init: Callable[[], object]) -> threading.Event:
         ended.wait()
 
     threading.Thread(target=run, name="ray", daemon=True).start()
-    wait_saying([outcome], 4 * START_SECONDS, "Ray to start")
+    try:
+        wait_saying([outcome], 4 * START_SECONDS, "Ray to start")
+    except KeyboardInterrupt:
+        _end_once_started(outcome)
+        raise
     outcome.result()
     return ended
+
+
+def _end_once_started(outcome: "Future[None]") -> None:
+    """A Ray that is left halfway keeps processes for a minute, and its threads may end this process by SIGSEGV."""
+    print("Ray is starting, and ends when it has; once more to leave it", flush=True)
+    if outcome.exception() is None:
+        import ray
+
+        ray.shutdown()
 
 
 def _check_reachable(cluster: str) -> None:

@@ -198,7 +198,7 @@ class ShardedTrainer(Trainer):
             for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
                 grad.copy_(summed.view_as(grad))
             return super()._grad_norm(grads)
-        squares = ranks.squared_norm(grads)
+        squares = nn.utils.get_total_norm([ranks.local(grad) for grad in grads]).square()
         dist.all_reduce(squares)
         return squares.sqrt()
 

@@ -65,10 +65,9 @@ class TrainerRanks:
             cluster.start(TrainerRank, rank, count, config, bundle=rank, concurrency=1) for rank in range(count)
         ]
         try:
-            seconds, several_nodes = config.call_seconds, config.cluster is not None
-            store = answer(self._handles[0].serve_store.remote(several_nodes), "the first training process", seconds)
-            joining = [handle.join.remote(*store, several_nodes) for handle in self._handles]
-            answers(joining, "the training processes", seconds)
+            seconds = config.call_seconds
+            store = answer(self._handles[0].serve_store.remote(), "the first training process", seconds)
+            answers([handle.join.remote(*store) for handle in self._handles], "the training processes", seconds)
         except ProcessLost as error:
             self.kill()
             raise TrainerLostError(f"a training process did not start: {error}") from error
@@ -131,7 +130,9 @@ class TrainerRanks:
                 raise self._lose(f"training process {rank} has died ({error})")
         told = dict.fromkeys(f"{type(error).__name__}: {error}" for error in errors.values())
         if len(errors) < len(futures) or len(told) > 1:
-            raise self._lose(f"{len(errors)} of {len(futures)} training processes failed ({'; '.join(told)})")
+            at_work = ", ".join(str(rank) for rank, future in enumerate(futures) if not future.done())
+            others = f" while {at_work} was at work" if at_work else ""
+            raise self._lose(f"{len(errors)} of {len(futures)} training processes failed ({'; '.join(told)}){others}")
         raise errors[0]
 
     def _pending_after_first_error(self, futures: Sequence["Future[Any]"]) -> "set[Future[Any]]":

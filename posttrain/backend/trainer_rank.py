@@ -36,17 +36,17 @@ class TrainerRank:
     def is_there(self) -> None:
         """Answered also while another call computes, or waits for other ranks."""
 
-    def serve_store(self, several_nodes: bool) -> tuple[str, int]:
+    def serve_store(self) -> tuple[str, int]:
         """Host and port at which the ranks find each other; the first rank's. The port is bound
         before its number is told."""
-        host = node_address() if several_nodes else "127.0.0.1"
+        host = "127.0.0.1" if self._config.cluster is None else node_address()
         self._store = TCPStore(host, 0, is_master=True, wait_for_workers=False, timeout=ranks.TIMEOUT)
         return host, self._store.port
 
-    def join(self, host: str, port: int, several_nodes: bool) -> None:
+    def join(self, host: str, port: int) -> None:
         if self._rank:
             self._store = TCPStore(host, port, timeout=ranks.TIMEOUT)
-        if several_nodes and (interface := interface_of(node_address())):
+        if self._config.cluster is not None and (interface := interface_of(node_address())):
             # gloo would take the interface of the host's name, which is the loopback on many systems
             os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         self._processes = ranks.join(self._rank, self._count, self._store)
