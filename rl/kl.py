@@ -126,7 +126,8 @@ def penalized_advantages(
     """Advantages outside the mask do not change, whatever the discount. `centre`: subtract the mean
     of d per sampled token, without a discount only."""
     # A discounted sum would hold the mean once for each later token: a reward for length, not a baseline.
-    mean = mean_difference(rows, difference_D) if centre and not discount else 0.0
+    # a float itself: numpy would compute with its subclass in float64
+    mean = float(mean_difference(rows, difference_D)) if centre and not discount else 0.0
     gain_D = [(mean - d_T) * row.mask_T for row, d_T in zip(rows, difference_D, strict=True)]
     if discount:
         gain_D = _with_later(rows, gain_D, discount)

@@ -67,6 +67,7 @@ def test_kl_in_the_advantage_is_centred_and_leaks_nowhere() -> None:
     d = sampled_minus_reference(data, REFERENCE)
     assert kl_metrics(data, d)["kl_policy_base"] == pytest.approx(-0.2 / 3)
     data = penalized_advantages(data, d, coef=0.1, discount=0.0)
+    assert all(row.advantages_T.dtype == np.float32 for row in data)
     mean = -0.2 / 3
     assert advantages(data)[0] == pytest.approx([0.0, 0.5 + 0.1 * (mean - 0.5), 0.5 + 0.1 * (mean + 1.0)])
     assert advantages(data)[1] == pytest.approx([0.0, -0.5 + 0.1 * (mean - 0.3)])
