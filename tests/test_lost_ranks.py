@@ -101,6 +101,8 @@ def test_a_rank_that_stands_still_is_named_and_then_ends_all(
 def test_copies_that_torchrun_has_started_are_no_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("WORLD_SIZE", "2")
+    # vLLM, which another test may have started in this process, has a group of its own
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
     with pytest.raises(ConfigError, match="torchrun has started this command 2 times.*backend.trainer_processes=2"):
         open_run_folder(tmp_path / "run", "raise", BackendConfig())
     assert not (tmp_path / "run").exists()
