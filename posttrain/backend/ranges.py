@@ -8,6 +8,7 @@ Dataclasses call `check_ranges` in __post_init__. Left out: limits between sever
 import math
 import numbers
 from dataclasses import dataclass, fields
+from functools import cache
 from typing import Any
 
 from posttrain.backend.errors import ConfigError
@@ -42,6 +43,8 @@ class Range:
 
     def needs(self, number: object) -> str | None:
         """The condition that `number` fails; None if it is in range."""
+        if type(number) is int:  # thousands a step, and abstract classes are slow to ask
+            return self._limits(number)
         if isinstance(number, bool) or not isinstance(number, numbers.Real):
             return "a whole number" if self.whole else "a number"
         if not math.isfinite(number):
@@ -73,12 +76,17 @@ class Range:
 
 def check_ranges(instance: Any, **ranges: Range) -> None:
     """RangeError unless each named field is in its range, or None where that is its default."""
-    defaults = {field.name: field.default for field in fields(instance)}
     for name, allowed in ranges.items():
         value = getattr(instance, name)
-        if isinstance(value, list | tuple) or (value is None and defaults[name] is not None):
+        if isinstance(value, list | tuple) or (value is None and _default(type(instance), name) is not None):
             raise RangeError(name, value, "a number")
-        allowed(instance, name)
+        if value is not None and (needs := allowed.needs(value)):
+            raise RangeError(name, value, needs)
+
+
+@cache
+def _default(owner: Any, name: str) -> object:
+    return next(field.default for field in fields(owner) if field.name == name)
 
 
 def _text(number: float) -> str:

@@ -149,13 +149,14 @@ class VllmEngine:
             prompt_logprobs=-1 if request.scores else request.topk_prompt,
             skip_special_tokens=False,
             detokenize=any(isinstance(s, str) for s in stop_list),
+            skip_clone=True,  # made for this request alone
             output_kind=RequestOutputKind.CUMULATIVE if request.on_tokens else RequestOutputKind.FINAL_ONLY,
         )
         self._wake()
         request_id = str(self._next_id)
         self._next_id += 1
         self._engine.add_request(
-            request_id, {"prompt_token_ids": request.prompt}, vllm_params, lora_request=self._adapter
+            request_id, {"type": "token", "prompt_token_ids": request.prompt}, vllm_params, lora_request=self._adapter
         )
         self._unfinished[request_id], self._ids[request] = request, request_id
 
