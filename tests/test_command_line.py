@@ -2,18 +2,22 @@
 gets.
 """
 
+import contextlib
+import importlib
+import re
 import subprocess
 import sys
 import textwrap
 from enum import Enum
 from pathlib import Path
 from typing import Literal
+from unittest.mock import patch
 
 import chz
 import pytest
 
 from posttrain.backend.errors import ConfigError
-from posttrain.tracking.command_line import parse
+from posttrain.tracking.command_line import USUAL_NAMES, parse
 
 
 class Which(Enum):
@@ -214,3 +218,30 @@ def test_a_command_exits_2_with_one_line_130_on_ctrl_c_and_is_light(tmp_path):
     assert run("how=badly") == (2, "error: a.jsonl:3: no assistant turn\n")
     assert run("hwo=x") == (2, "error: unknown option 'hwo'; did you mean how? --help lists the options\n")
     assert run("how=stopped") == (130, "interrupted\n")
+
+
+COMMANDS = ("rl", "supervised", "preference")
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "hint"),
+    [
+        ("rl", "kl_penalty_coef", "kl.coef"),
+        ("rl", "num_generations", "group_size or env.group_size"),
+        ("rl", "max_completion_length", "max_tokens"),
+        ("preference", "beta", "method.beta"),
+        ("supervised", "max_grad_norm", "grad_clip_norm"),
+    ],
+)
+def test_options_of_other_programs(command: str, option: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with patch("sys.argv", [command, f"{option}=1"]), pytest.raises(SystemExit):
+        importlib.import_module(f"{command}.train_cli").main()
+    assert f"unknown option {option!r}; did you mean {hint}? " in capsys.readouterr().err
+
+
+def test_they_are_told_options_that_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in COMMANDS:
+        with patch("sys.argv", [command, "--help"]), contextlib.suppress(SystemExit):
+            importlib.import_module(f"{command}.train_cli").main()
+    written = set(re.findall(r"[\w.]+", capsys.readouterr().out))
+    assert {name for names in USUAL_NAMES.values() for name in names} - written == {"num_steps"}  # of recipes
