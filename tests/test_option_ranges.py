@@ -26,7 +26,7 @@ from tests.conftest import ROOT
 
 PACKAGES = ("posttrain", "supervised", "preference", "rl", "envs", "recipes")
 WITH_AN_EXTRA = {"envs.verifiers_host", "envs.verifiers_classic"}
-PROBES = (-1, 0, math.nan, math.inf, -math.inf, 10**30, -(10**30), 1.5, True, "7")
+PROBES = (-1, 0, math.nan, math.inf, -math.inf, 10**30, -(10**30), 10**400, 1.5, True, "7")
 
 
 def _configs() -> list[type]:
