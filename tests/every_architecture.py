@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
+from posttrain.backend.architectures import bound_steps_as_configured
 from posttrain.backend.text_models import text_model_of
 from posttrain.backend.tokenizers import character_tokenizer
 from tests.architectures import CONTEXT, VOCABULARY
@@ -300,6 +301,7 @@ def random_model(kind: str) -> PreTrainedModel:
         has_more = text_model_of(config) is not None and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
         kind_of: Any = AutoModelForMultimodalLM if has_more else AutoModelForCausalLM
         model = kind_of.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+        bound_steps_as_configured(model)
         with torch.no_grad():
             for tensor in model.parameters():
                 matrix = tensor.ndim >= 2 and min(tensor.shape) > 1

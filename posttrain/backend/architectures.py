@@ -63,6 +63,16 @@ def kernel_of_attention(config: PretrainedConfig) -> str | None:
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
+def bound_steps_as_configured(model: PreTrainedModel) -> None:
+    """Those of state-space layers. transformers bounds Nemotron-H's and Zamba 2's from below by `time_step_min`, which
+    is of how weights are drawn: in passes of several tokens, and not of one. Their authors' code and vLLM do not."""
+    low, high = getattr(model.config.get_text_config(), "time_step_limit", None) or (0.0, math.inf)
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "time_step_limit"):
+            layer.time_step_limit = (float(low), float(high))
+
+
 # Names in configs of what is done to logits: they are multiplied, divided, and capped.
 LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")
 LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
