@@ -91,10 +91,11 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
     return LogitTransform(math.prod(factors, start=1.0) / math.prod(divisors), caps[0] if caps else None)
 
 
-def embedding_rows(model: PreTrainedModel) -> int:
-    """Number of token ids a model reads; its tokenizer may have fewer if the vocabulary was padded."""
-    embedding: Any = model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Number of token ids a model reads and writes. Its tokenizer may have fewer if the vocabulary was padded; the
+    output layer of Apertus 1.5 and Inkling 2 has fewer than the embedding."""
+    layers: Any = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
 
 
 def experts_per_token(config: PretrainedConfig) -> int:

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from posttrain.backend.architectures import decoder_of, embedding_rows, logit_transform, with_cache
+from posttrain.backend.architectures import decoder_of, logit_transform, vocabulary_of, with_cache
 from posttrain.backend.config import BackendConfig, compute_dtype
 from posttrain.backend.device_lock import computing
 from posttrain.backend.engine import Sampled, SequenceRequest, Weights
@@ -212,7 +212,7 @@ class TorchSampler:
         """Largest relative difference of hidden states from those of whole sequences: after the prompts,
         for a group of the first, and after rows have left."""
         generator = torch.Generator().manual_seed(0)
-        prompts = [torch.randint(embedding_rows(self._model), (n,), generator=generator).tolist() for n in lengths]
+        prompts = [torch.randint(vocabulary_of(self._model), (n,), generator=generator).tolist() for n in lengths]
         hidden_BTH, mask_BT, cache = self._prefill(prompts)
         hidden_BH, sequences, gaps = hidden_BTH[:, -1], [*prompts], []
         for rows in ([0, 0, 1], [1, 2]):
