@@ -36,6 +36,7 @@ from posttrain.backend.architectures import FULL_ATTENTION, WINDOWED_ATTENTION, 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.engine import SequenceRequest
 from posttrain.backend.errors import ConfigError, ModelError
+from posttrain.backend.fake_models import _tensors, cached_bytes
 from posttrain.backend.lora_layers import add_lora
 from posttrain.backend.merged_lora import base_weights, layer_updates, merged_weights
 from posttrain.backend.models import model_config
@@ -158,8 +159,13 @@ def check_adapter(model: PreTrainedModel, tokens: list[int]) -> None:
 
 
 def check_sampler(model: PreTrainedModel, prompts: list[list[int]]) -> None:
-    """Groups of two whose prompts differ in length, and whose sequences end one after the other."""
+    """Groups of two whose prompts differ in length, and whose sequences end one after the other. Their cache is as
+    large as is planned."""
     sampler = TorchSampler(copy.deepcopy(model), character_tokenizer(CONTEXT), CONTEXT, BackendConfig(), CPU)
+    cache = sampler._prefill(prompts[:1])[2]
+    tensors = [tensor for layer in cache.layers for tensor in _tensors(vars(layer)) if tensor.ndim]
+    states, per_token = cached_bytes(model.config, itemsize=4)
+    assert sum(tensor.nbytes for tensor in tensors) <= states + len(prompts[0]) * per_token  # windows hold less
     for d, prompt in enumerate(prompts):
         for member in range(2):
             params = SamplingParams(max_tokens=3 + d + member, temperature=0.8, stop=[])
