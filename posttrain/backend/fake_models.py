@@ -60,7 +60,8 @@ def model_size(hf_config: PretrainedConfig, lora: LoraConfig | None = None) -> M
             trained = [p.numel() for p in model.parameters() if p.requires_grad]
         widths = getattr(text, "intermediate_size", None) or 4 * hidden
         widest = max(widths) if isinstance(widths, list) else widths  # Gemma 3n has a width for each layer
-        intermediate = widest * max(1, experts_per_token(hf_config))
+        experts, expert = experts_per_token(hf_config), getattr(text, "moe_intermediate_size", None)
+        intermediate = max(widest, experts * expert) if isinstance(expert, int) else widest * max(1, experts)
         _sizes[key] = ModelSize(
             parameters, sum(trained), text.num_hidden_layers, hidden, intermediate, vocabulary, max(trained, default=0)
         )
@@ -77,15 +78,16 @@ def saved_bytes(
     """Bytes that a forward pass saves for its backward: of each pass, and of each token."""
     key = hf_config.to_json_string(use_diff=False), lora, compute, weights, merged
     if key not in _saved:
+        # torch multiplies experts of fake tensors in bf16 alone
+        computed, held = (torch.bfloat16, torch.bfloat16) if experts_per_token(hf_config) else (compute, weights)
+        wider = compute.itemsize / computed.itemsize
         try:
-            if experts_per_token(hf_config):
-                raise NotImplementedError("which tokens an expert reads depends on numbers")
             # torch logs pages before it raises
             with patch.object(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True):
-                passes = (_saved_by_pass(hf_config, lora, compute, weights, merged, tokens) for tokens in PROBE_TOKENS)
+                passes = (_saved_by_pass(hf_config, lora, computed, held, merged, tokens) for tokens in PROBE_TOKENS)
                 few, many = passes
             per_token = (many - few) / (PROBE_TOKENS[1] - PROBE_TOKENS[0])
-            _saved[key] = max(0.0, few - PROBE_TOKENS[0] * per_token), per_token
+            _saved[key] = wider * max(0.0, few - PROBE_TOKENS[0] * per_token), wider * per_token
         except Exception:  # of a model whose code reads numbers: about what a dense model saves
             size = model_size(hf_config, lora)
             _saved[key] = 0.0, compute.itemsize * size.layers * (20 * size.hidden + 5 * size.intermediate)
