@@ -193,7 +193,7 @@ OWN: dict[str, dict[str, Any]] = {
     "nemotron_h": {"n_groups": 2},
     "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": 0},
     "qwen4_exp_text": {
-        **_layers("linear_attention", "indexed_attention"),
+        **_layers("linear_attention", "full_attention"),  # as in checkpoints: versions differ in the latter's name
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
