@@ -18,13 +18,15 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MULTIMODAL_LM_MAPPING
 
+from posttrain.backend.architectures import bound_steps_as_configured
 from posttrain.backend.text_models import text_model_of
 from posttrain.backend.tokenizers import character_tokenizer
 from tests.architectures import CONTEXT, VOCABULARY
 
 _NAMES = {
     64: """hidden_size n_embd d_model emb_dim embedding_dim embedding_size input_embedding_size output_embedding_size
-        word_embed_proj_dim lru_width attention_hidden_size backbone_hidden_size dim_model_base""",
+        word_embed_proj_dim lru_width attention_hidden_size backbone_hidden_size dim_model_base out_hidden_size
+        text_hidden_size audio_hidden_size adapter_in_dim adapter_out_dim adapter_input_size codebook_dim""",
     96: """intermediate_size ffn_dim decoder_ffn_dim encoder_ffn_dim n_inner dff dim_ff ffn_hidden_size
         feed_forward_size intermediate_size_mlp dense_intermediate_size d_inner""",
     48: """moe_intermediate_size moe_shared_expert_intermediate_size shared_expert_intermediate_size
@@ -33,7 +35,7 @@ _NAMES = {
         encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads swa_num_attention_heads
         linear_num_value_heads linear_num_heads num_experts n_routed_experts num_local_experts moe_num_experts""",
     2: """num_experts_per_tok num_experts_per_token moe_topk moe_k moe_top_k num_key_value_heads linear_num_key_heads
-        swa_num_key_value_heads num_query_groups n_group top_k_experts num_hidden_layers n_layer n_layers num_layers
+        swa_num_key_value_heads num_query_groups n_group num_expert_group top_k_experts num_hidden_layers n_layer n_layers num_layers
         decoder_layers encoder_layers num_blocks num_decoder_layers num_encoder_layers""",
     16: """head_dim swa_head_dim linear_head_dim linear_key_head_dim linear_value_head_dim v_head_dim
         qk_nope_head_dim index_head_dim kv_channels dim_head d_head attention_head_size state_size mamba_d_state
@@ -105,6 +107,13 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "qwen3_omni_moe_text": {"rope_parameters": _MROPE, "head_dim": 16},
     **{kind: {"rope_parameters": _HALF_MROPE} for kind in ("glm4v_text", "glm4v_moe_text")},
+    "apertus1p5": {"image_token_offset": 200, "audio_token_offset": 216},
+    **dict.fromkeys(("apertus1p5_vision_tokenizer", "wavtokenizer_encoder"), {"codebook_size": 16}),
+    # whose output layers have fewer rows than their embeddings
+    "apertus1p5_text": {"vocab_size": VOCABULARY + 8, "output_vocab_size": VOCABULARY},
+    **dict.fromkeys(
+        ("inkling2_text", "inkling2_loop_text"), {"vocab_size": VOCABULARY + 8, "unpadded_vocab_size": VOCABULARY}
+    ),
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass_text": {
         **_SLIDING,
@@ -129,6 +138,7 @@ OWN: dict[str, dict[str, Any]] = {
         for kind in ("cwm", "emu3", "emu3_text_model", "mllama_text_model", "modernbert-decoder")
     },
     "diffllama": {"attention_dropout": 0.0},
+    "dory": {**_layers(*["sliding_attention", "full_attention"] * 2), "n_input_layers": 1, "n_output_layers": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1},
     "falcon_h1": {
         "mamba_d_ssm": 128,
@@ -166,6 +176,7 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "granitemoehybrid": {**_layers("linear_attention", "full_attention"), "shared_intermediate_size": 48},
     "hunyuan_v1_moe": {"num_experts": 4, "moe_topk": 2},
+    "hy_v4_vl_text": {"rope_parameters": {**_MROPE, "mrope_section": [2, 1, 1]}},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_offset": 0},
     "lfm2": {**_layers("conv", "full_attention"), "block_auto_adjust_ff_dim": False, "full_attn_idxs": [1]},
     "lfm2_moe": {**_layers("conv", "full_attention"), "num_dense_layers": 1},
@@ -177,10 +188,12 @@ OWN: dict[str, dict[str, Any]] = {
     },
     "longcat_flash": {"num_layers": 1, "num_hidden_layers": 2, "zero_expert_num": 2},
     "mamba2": {"num_heads": 8, "n_groups": 2},
+    "molmo2_adapter": {"vision_feature_layer": [1, 0]},
     "nemotron": {"num_key_value_heads": 2},
     "nemotron_h": {"n_groups": 2},
+    "nemotron3_5_transcribe_word_timestamp": {"blank_token_id": 0},
     "qwen4_exp_text": {
-        **_layers("linear_attention", "indexed_attention"),
+        **_layers("linear_attention", "full_attention"),  # as in checkpoints: versions differ in the latter's name
         "indexer_n_heads": 4,
         "indexer_kv_heads": 1,
         "indexer_head_dim": 16,
@@ -233,14 +246,17 @@ NOT_SHRUNK = {
 def shrunk(kind: str) -> PretrainedConfig:
     """`kind`: a model_type, or one with a variant, as in OWN."""
     cls = CONFIG_MAPPING[kind.partition("+")[0]]
-    given = {**_shrunk_fields(cls), **OWN.get(kind, {})}
+    own = OWN.get(kind, {})
+    given = {**_shrunk_fields(cls, text=own.get("text_config")), **own}
     known = given if "per_layer_config" not in given else {k: v for k, v in given.items() if k != "per_layer_config"}
     return cls(**known)
 
 
-def _shrunk_fields(cls: Any, everything: bool = True) -> dict[str, Any]:
-    """`everything`: with what is easily left out switched on."""
-    found: dict[str, Any] = cls().to_dict()
+def _shrunk_fields(cls: Any, everything: bool = True, text: Any = None) -> dict[str, Any]:
+    """`everything`: with what is easily left out switched on. `text`: the text model's config, where a class has no
+    valid default of it."""
+    parts = {"text_config": text} if text else {}
+    found: dict[str, Any] = cls(**parts).to_dict()
     small = {**TOKENS, **{name: size for name, size in SIZES.items() if _is_size(found.get(name))}}
     declared = {name: str(kind) for c in cls.__mro__ for name, kind in getattr(c, "__annotations__", {}).items()}
     for name, value in found.items():
@@ -263,7 +279,7 @@ def _shrunk_fields(cls: Any, everything: bool = True) -> dict[str, Any]:
     small |= _one_layer_of_each_kind(found)
     for name in getattr(cls, "sub_configs", {}):
         if found.get(name):
-            part = type(getattr(cls(), name))
+            part = type(getattr(cls(**parts), name))
             small[name] = {**_shrunk_fields(part, False), **OWN.get(part.model_type, {}), "model_type": part.model_type}
             small[name].pop("per_layer_config", None)
     return small
@@ -300,6 +316,7 @@ def random_model(kind: str) -> PreTrainedModel:
         has_more = text_model_of(config) is not None and type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
         kind_of: Any = AutoModelForMultimodalLM if has_more else AutoModelForCausalLM
         model = kind_of.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+        bound_steps_as_configured(model)
         with torch.no_grad():
             for tensor in model.parameters():
                 matrix = tensor.ndim >= 2 and min(tensor.shape) > 1

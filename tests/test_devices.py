@@ -15,7 +15,7 @@ from posttrain.backend import memory_plan
 from posttrain.backend.alarms import LIMITS, START_TOKENS
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.memory import GIB, kv_bytes_per_token, kv_cache_bytes
+from posttrain.backend.memory import GIB, kv_cache_bytes, sequence_bytes
 from posttrain.backend.memory_plan import free_bytes, planned
 from posttrain.backend.models import model_config
 from posttrain.backend.placement import check_placement
@@ -105,7 +105,7 @@ def test_dtype_follows_the_device_unless_it_is_asked_for() -> None:
 def test_engines_are_sized_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     config = model_config("qwen2.5-0.5b-shape")
     # keys and values, layers, heads, width, bytes
-    assert kv_bytes_per_token(config, itemsize=2) == 2 * 24 * 2 * 64 * 2
+    assert sequence_bytes(config, 10, itemsize=2) == 10 * 2 * 24 * 2 * 64 * 2
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (100 * GIB, 140 * GIB))
     cuda = torch.device("cuda")
     few = BackendConfig(max_num_seqs=16, dtype="bfloat16")

@@ -32,10 +32,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
 )
 
-from posttrain.backend.architectures import FULL_ATTENTION, WINDOWED_ATTENTION
+from posttrain.backend.architectures import FULL_ATTENTION, WINDOWED_ATTENTION, vocabulary_of
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.engine import SequenceRequest
 from posttrain.backend.errors import ConfigError, ModelError
+from posttrain.backend.fake_models import _tensors, cached_bytes
 from posttrain.backend.lora_layers import add_lora
 from posttrain.backend.merged_lora import base_weights, layer_updates, merged_weights
 from posttrain.backend.models import model_config
@@ -44,17 +45,17 @@ from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.torch_sampler import TorchSampler
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import LoraConfig, SamplingParams
-from tests.architectures import CONTEXT, WINDOW
+from tests.architectures import CONTEXT, VOCABULARY, WINDOW
 from tests.conftest import random_tokens
 from tests.every_architecture import NOT_SHRUNK, OWN, random_model, save, shrunk
 from tests.test_architectures import DOCS, datum_of, full_logprobs, of_targets
 
 ATOL = 1e-3  # of a logprob in fp32
-# transformers bounds a state's steps from below in a pass of many tokens, and not in one of a token.
-SAMPLED_ATOL = {"nemotron_h": 1e-2, "zamba2": 1e-2}
 CPU = torch.device("cpu")
+# Types with states that are not planned: their code reads numbers, which a fake pass has not.
+UNPLANNED = ("qwen4_exp_text",)
 # In the quick tests: a fault each that was silent or let a run fail.
-QUICK = ("mixtral", "falcon", "bart", "llama4_text", "phi", "laguna")
+QUICK = ("mixtral", "falcon", "bart", "llama4_text", "phi", "laguna", "nemotron_h")
 
 
 TYPES = {**MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, **MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES}
@@ -125,7 +126,8 @@ def check_trainer(folder: Path, model: PreTrainedModel, sequences: list[list[int
     named = {*FULL_ATTENTION.split(), *WINDOWED_ATTENTION.split()}
     assert trainer.shares_prefixes or model.config.get_text_config().model_type not in named
     data_D = [datum_of(tokens, weightless=WINDOW) for tokens in sequences]
-    model = getattr(model, "thinker", model)  # of one that also speaks
+    # of one that also speaks; of Llama 4, whose whole model transformers 5.24 fails to pass text through
+    model = getattr(model, "language_model" if model.config.model_type == "llama4" else "thinker", model)
     outputs = trainer.run(data_D, "cross_entropy").loss_fn_outputs
     for datum, output in zip(data_D, outputs, strict=True):
         expected = of_targets(full_logprobs(model, datum.model_input.to_ints()), datum)
@@ -159,8 +161,14 @@ def check_adapter(model: PreTrainedModel, tokens: list[int]) -> None:
 
 
 def check_sampler(model: PreTrainedModel, prompts: list[list[int]]) -> None:
-    """Groups of two whose prompts differ in length, and whose sequences end one after the other."""
+    """Groups of two whose prompts differ in length, and whose sequences end one after the other. Their cache is as
+    large as is planned."""
     sampler = TorchSampler(copy.deepcopy(model), character_tokenizer(CONTEXT), CONTEXT, BackendConfig(), CPU)
+    cache = sampler._prefill(prompts[:1])[2]
+    tensors = [tensor for layer in cache.layers for tensor in _tensors(vars(layer)) if tensor.ndim]
+    states, per_token = cached_bytes(model.config, itemsize=4)
+    held = sum(tensor.nbytes for tensor in tensors)
+    assert held <= states + len(prompts[0]) * per_token or model.config.model_type in UNPLANNED  # windows hold less
     for d, prompt in enumerate(prompts):
         for member in range(2):
             params = SamplingParams(max_tokens=3 + d + member, temperature=0.8, stop=[])
@@ -171,8 +179,7 @@ def check_sampler(model: PreTrainedModel, prompts: list[list[int]]) -> None:
         tokens = sampled.sequence.tokens
         logprobs_TV = full_logprobs(model, [*request.prompt, *tokens], 0.8)[len(request.prompt) - 1 : -1]
         expected = logprobs_TV.gather(-1, torch.tensor(tokens)[:, None])[:, 0].numpy()
-        atol = SAMPLED_ATOL.get(model.config.model_type, ATOL)
-        assert np.abs(np.array(sampled.sequence.logprobs) - expected).max() < atol
+        assert np.abs(np.array(sampled.sequence.logprobs) - expected).max() < ATOL
 
 
 @pytest.mark.parametrize(
@@ -226,3 +233,10 @@ def test_the_list_in_docs_says_what_was_found() -> None:
         DOCS.write_text(before + written + after)
     if f"transformers {transformers.__version__}," in DOCS.read_text():  # another has other types
         assert DOCS.read_text() == before + written + after, "POSTTRAIN_WRITE_DOCS=1 rewrites it"
+
+
+def test_tokens_are_those_that_a_model_both_reads_and_writes() -> None:
+    model = random_model("llama")
+    assert vocabulary_of(model) == VOCABULARY
+    model.set_output_embeddings(torch.nn.Linear(64, VOCABULARY - 8, bias=False))  # as Apertus 1.5's and Inkling 2's
+    assert vocabulary_of(model) == VOCABULARY - 8

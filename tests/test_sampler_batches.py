@@ -6,15 +6,16 @@ import torch
 from posttrain.backend import torch_sampler
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.engine import SequenceRequest
-from posttrain.backend.memory import GIB, kv_bytes_per_token
-from posttrain.backend.memory_plan import PROMPT_BYTES, PlannedRun, model_size, prompt_bytes
+from posttrain.backend.fake_models import cached_bytes, model_size
+from posttrain.backend.memory import GIB
+from posttrain.backend.memory_plan import PROMPT_BYTES, PlannedRun, prompt_bytes
 from posttrain.backend.models import PRESETS, new_model
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.torch_sampler import TorchSampler
 from posttrain.backend.types import SamplingParams
 
 CPU, TINY, LENGTH = torch.device("cpu"), PRESETS["tiny"], 128
-TOKEN_BYTES = kv_bytes_per_token(TINY, 4)
+TOKEN_BYTES = cached_bytes(TINY, 4)[1]
 Passes = list[tuple[int, int]]  # rows, and columns of the cache
 
 

@@ -63,6 +63,16 @@ def kernel_of_attention(config: PretrainedConfig) -> str | None:
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
 
 
+def bound_steps_as_configured(model: PreTrainedModel) -> None:
+    """Those of state-space layers. transformers bounds Nemotron-H's and Zamba 2's from below by `time_step_min`, which
+    is of how weights are drawn: in passes of several tokens, and not of one. Their authors' code and vLLM do not."""
+    low, high = getattr(model.config.get_text_config(), "time_step_limit", None) or (0.0, math.inf)
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "time_step_limit"):
+            layer.time_step_limit = (float(low), float(high))
+
+
 # Names in configs of what is done to logits: they are multiplied, divided, and capped.
 LOGIT_FACTORS = ("logit_scale", "lm_head_multiplier")
 LOGIT_DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
@@ -81,10 +91,11 @@ def logit_transform(config: PretrainedConfig) -> LogitTransform:
     return LogitTransform(math.prod(factors, start=1.0) / math.prod(divisors), caps[0] if caps else None)
 
 
-def embedding_rows(model: PreTrainedModel) -> int:
-    """Number of token ids a model reads; its tokenizer may have fewer if the vocabulary was padded."""
-    embedding: Any = model.get_input_embeddings()
-    return int(embedding.weight.shape[0])
+def vocabulary_of(model: PreTrainedModel) -> int:
+    """Number of token ids a model reads and writes. Its tokenizer may have fewer if the vocabulary was padded; the
+    output layer of Apertus 1.5 and Inkling 2 has fewer than the embedding."""
+    layers: Any = (model.get_input_embeddings(), model.get_output_embeddings())
+    return min(int(layer.weight.shape[0]) for layer in layers if layer is not None)
 
 
 def experts_per_token(config: PretrainedConfig) -> int:

@@ -11,7 +11,7 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.backend.adapters import adapts_inner_layers, is_plain, open_merged, open_on_shared
-from posttrain.backend.architectures import embedding_rows
+from posttrain.backend.architectures import vocabulary_of
 from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.checkpoint_files import check_readable, is_adapter
 from posttrain.backend.cluster import Cluster
@@ -160,7 +160,7 @@ class Engines:
             if not self.shares:
                 engine.sync(policy, version)
                 version.drop()
-            return SamplingClient(engine, policy, tokenizer, length, embedding_rows(model), base_model=name)
+            return SamplingClient(engine, policy, tokenizer, length, vocabulary_of(model), base_model=name)
         except BaseException:
             if not self.shares:
                 engine.close()

@@ -17,13 +17,14 @@ from posttrain.backend.types import LoraConfig
 # peft asks transformers by a name that 5.24 deprecates
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
 
-# Names of linear layers with adapters: Llama and its relatives; GPT-2; Pythia; BLOOM and Falcon; Qwen 3.5;
-# LFM 2 and OPT; DeepSeek.
+# Names of linear layers with adapters: Llama and its relatives; Inkling 2; GPT-2; Pythia; BLOOM and Falcon;
+# Qwen 3.5 and Qwen 3-Next; LFM 2 and OPT; DeepSeek.
 ATTENTION_LAYERS = (
     *("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj"),
+    *("q_proj.linear", "k_proj.linear", "v_proj.linear", "o_proj.linear"),
     *("c_attn", "attn.c_proj"),
     *("query_key_value", "attention.dense", "self_attention.dense"),
-    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "linear_attn.out_proj"),
+    *("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "in_proj_qkvz", "in_proj_ba", "linear_attn.out_proj"),
     *("self_attn.out_proj", "conv.in_proj", "conv.out_proj"),
     *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),
 )

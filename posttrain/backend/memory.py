@@ -6,8 +6,8 @@ import sys
 import torch
 from transformers import PretrainedConfig
 
-from posttrain.backend.architectures import heads_of_layers
 from posttrain.backend.config import BackendConfig, compute_dtype
+from posttrain.backend.fake_models import cached_bytes
 
 GIB = 2**30
 
@@ -22,15 +22,17 @@ def kv_cache_bytes(
     if device.type != "cuda":
         return GIB if vllm else 2 * GIB  # torch keeps room for all that a sequence may become
     itemsize = torch.finfo(compute_dtype(device, config)).bits // 8
-    wanted = config.max_num_seqs * (max_length + 16) * kv_bytes_per_token(hf_config, itemsize)
+    wanted = config.max_num_seqs * sequence_bytes(hf_config, max_length + 16, itemsize, vllm)
     free = free_on_gpu(device)
     engines = config.sampler_replicas if config.replicas_share_gpu else 1
     return int(min(wanted, config.gpu_memory_utilization * free / engines))
 
 
-def kv_bytes_per_token(hf_config: PretrainedConfig, itemsize: int) -> int:
-    """An upper bound if some layers have a window, or no attention and no heads (Mamba)."""
-    return 2 * itemsize * sum(heads * dim for _, heads, dim in heads_of_layers(hf_config))
+def sequence_bytes(hf_config: PretrainedConfig, tokens: int, itemsize: int, vllm: bool = False) -> int:
+    """Of a sequence in a sampler's cache; an upper bound if some layers have a window. vLLM keeps a second state, of a
+    prefix, and the attention's blocks beside states have their size, of which the last may be almost empty."""
+    states, per_token = cached_bytes(hf_config, itemsize)
+    return states * (3 if vllm else 1) + tokens * per_token
 
 
 def free_on_gpu(device: torch.device) -> int:

@@ -4,32 +4,27 @@ processes that share a device, rows longer than a micro-batch.
 """
 
 import itertools
-import logging
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import chz
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig
 
-from posttrain.backend.architectures import attention_windows, decoder_of, experts_per_token
+from posttrain.backend.architectures import attention_windows
 from posttrain.backend.attention import packs
 from posttrain.backend.batching import SHARED_ROW_TOKENS
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
 from posttrain.backend.errors import ModelError
+from posttrain.backend.fake_models import ModelSize, model_size, saved_bytes
 from posttrain.backend.lean_adamw import PIECE, PIECE_BYTES, STEP_BYTES
 from posttrain.backend.logprobs import CHUNK_ELEMENTS
-from posttrain.backend.lora_layers import add_lora
-from posttrain.backend.memory import GIB, free_on_gpu, kv_bytes_per_token, kv_cache_bytes
-from posttrain.backend.merged_lora import compute_merged
-from posttrain.backend.models import cast_weights, context_length, model_config, new_model
+from posttrain.backend.memory import GIB, free_on_gpu, kv_cache_bytes, sequence_bytes
+from posttrain.backend.models import context_length, model_config
 from posttrain.backend.types import LoraConfig
 from posttrain.backend.vllm_lora import tokens_of_a_step
 from posttrain.backend.vllm_settings import lora_room, samples_with_vllm
@@ -42,7 +37,6 @@ VLLM_BYTES = {"cpu": int(0.45 * GIB), "cuda": 2 * GIB}  # not on Apple's GPU
 # of the layers; of the vocabulary's matrices two, and 2.8 more while the engine starts, on top of
 # what a pass has freed but glibc keeps.
 PACKED_LAYERS, PACKED_HEADS = 0.65, 4.8
-PROBE_TOKENS = (32, 64)  # of the fake passes
 PROMPT_BYTES = GIB  # of prompts that the torch sampler reads in one pass
 SAMPLER_BYTES = 28  # per sequence and token of the vocabulary: logits, logprobs, their running sums
 FEWEST_TOKENS = 512  # of a micro-batch that is still suggested
@@ -75,19 +69,6 @@ class MemoryPlan:
         for when, parts in times.items():
             lines += [f"{name + when:<48}{size / GIB:>8.2f}" for name, size in parts.items()]
         return "\n".join([*lines, f"{'peak':<48}{self.peak / GIB:>8.2f}"])
-
-
-@dataclass(frozen=True)
-class ModelSize:
-    """Numbers of weights, and of what activations scale with."""
-
-    parameters: int
-    trainable: int
-    layers: int
-    hidden: int
-    intermediate: int
-    vocabulary: int
-    largest: int  # number of values of a trained weight
 
 
 @dataclass(frozen=True)
@@ -209,7 +190,7 @@ class PlannedRun:
         """Kept from the forward for the backward pass, and the gradients of a layer's MLP."""
         compute, size = self.compute, self.size
         merged = self.backend.lora == "merged"
-        fixed, per_token = _saved_bytes(self.hf_config, self.lora, compute, self.weights, merged)
+        fixed, per_token = saved_bytes(self.hf_config, self.lora, compute, self.weights, merged)
         if self.backend.gradient_checkpointing:
             inputs = size.layers * size.hidden * compute.itemsize
             fixed, per_token = fixed / size.layers, per_token / size.layers + inputs
@@ -242,7 +223,7 @@ class PlannedRun:
     def _batch(self) -> dict[str, int]:
         """Of one torch sampler, whose limits one sequence of the whole context may exceed."""
         rows, length, item = self.backend.max_num_seqs, self.max_length, self.compute.itemsize
-        one = length * kv_bytes_per_token(self.hf_config, item)
+        one = sequence_bytes(self.hf_config, length, item)
         most = kv_cache_bytes(self.hf_config, length, self.backend, self.device, vllm=False)
         read, alone = (prompt_bytes(self.size, n, length, item) for n in (rows, 1))
         return {"KV cache": max(one, min(rows * one, most)), "prompts": max(alone, min(read, PROMPT_BYTES))}
@@ -380,106 +361,3 @@ def prompt_bytes(size: ModelSize, rows: int, width: int, itemsize: int) -> int:
     booleans and as numbers, which one prompt does not need."""
     mask = (1 + itemsize) * width if rows > 1 else 0
     return rows * width * (itemsize * (4 * size.intermediate + 8 * size.hidden) + mask)
-
-
-# --- a model of fake tensors ----------------------------------------------------------------------
-
-_sizes: dict[tuple[str, LoraConfig | None], ModelSize] = {}
-_saved: dict[tuple[str, LoraConfig | None, torch.dtype, torch.dtype, bool], tuple[float, float]] = {}
-
-
-def model_size(hf_config: PretrainedConfig, lora: LoraConfig | None = None) -> ModelSize:
-    key = hf_config.to_json_string(use_diff=False), lora
-    if key not in _sizes:
-        text: Any = hf_config.get_text_config()
-        with _fake_model(hf_config, lora, torch.float32, torch.float32) as (base, model):
-            head: Any = base.get_output_embeddings()
-            vocabulary, hidden = (head.base_layer if hasattr(head, "base_layer") else head).weight.shape
-            parameters = sum(p.numel() for p in model.parameters())
-            trained = [p.numel() for p in model.parameters() if p.requires_grad]
-        widths = getattr(text, "intermediate_size", None) or 4 * hidden
-        widest = max(widths) if isinstance(widths, list) else widths  # Gemma 3n has a width for each layer
-        intermediate = widest * max(1, experts_per_token(hf_config))
-        _sizes[key] = ModelSize(
-            parameters, sum(trained), text.num_hidden_layers, hidden, intermediate, vocabulary, max(trained, default=0)
-        )
-    return _sizes[key]
-
-
-def _saved_bytes(
-    hf_config: PretrainedConfig,
-    lora: LoraConfig | None,
-    compute: torch.dtype,
-    weights: torch.dtype = torch.float32,
-    merged: bool = True,
-) -> tuple[float, float]:
-    """Bytes that a forward pass saves for its backward: of each pass, and of each token."""
-    key = hf_config.to_json_string(use_diff=False), lora, compute, weights, merged
-    if key not in _saved:
-        try:
-            if experts_per_token(hf_config):
-                raise NotImplementedError("which tokens an expert reads depends on numbers")
-            # torch logs pages before it raises
-            with patch.object(logging.getLogger("torch._subclasses.fake_tensor"), "disabled", True):
-                passes = (_saved_by_pass(hf_config, lora, compute, weights, merged, tokens) for tokens in PROBE_TOKENS)
-                few, many = passes
-            per_token = (many - few) / (PROBE_TOKENS[1] - PROBE_TOKENS[0])
-            _saved[key] = max(0.0, few - PROBE_TOKENS[0] * per_token), per_token
-        except Exception:  # of a model whose code reads numbers: about what a dense model saves
-            size = model_size(hf_config, lora)
-            _saved[key] = 0.0, compute.itemsize * size.layers * (20 * size.hidden + 5 * size.intermediate)
-    return _saved[key]
-
-
-def _saved_by_pass(
-    hf_config: PretrainedConfig,
-    lora: LoraConfig | None,
-    compute: torch.dtype,
-    dtype: torch.dtype,
-    merged: bool,
-    tokens: int,
-) -> int:
-    saved: dict[int, int] = {}
-    with _fake_model(hf_config, lora, dtype, compute if merged else torch.float32) as (base, model):
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                saved[storage._cdata] = storage.nbytes()
-            return tensor
-
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=compute == torch.bfloat16),
-        ):
-            output = decoder_of(base)(input_ids=torch.zeros(1, tokens, dtype=torch.long), use_cache=False)
-        del output  # kept until here: freed storages would give their addresses to others
-    return sum(saved.values())
-
-
-@contextmanager
-def _fake_model(
-    hf_config: PretrainedConfig, lora: LoraConfig | None, dtype: torch.dtype, merged: torch.dtype
-) -> Iterator[tuple[PreTrainedModel, torch.nn.Module]]:
-    """The base, and the model that is trained: shapes that take no memory. `merged`: other than fp32,
-    adapters are merged in it."""
-    with torch.device("meta"):
-        base = new_model(hf_config)
-        cast_weights(base, dtype)
-        model = add_lora(base, "", lora, 0) if lora else base
-    with FakeTensorMode():
-        fakes: dict[int, Any] = {}  # tied weights stay tied
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        tensors[name] = fakes.setdefault(id(tensor), _fake(tensor))
-        if lora and merged != torch.float32:
-            compute_merged(model, merged)
-        yield base, model
-
-
-def _fake(meta: torch.Tensor) -> Any:
-    fake = torch.empty(meta.shape, dtype=meta.dtype)
-    return torch.nn.Parameter(fake, meta.requires_grad) if isinstance(meta, torch.nn.Parameter) else fake

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from posttrain.backend.architectures import decoder_of, embedding_rows
+from posttrain.backend.architectures import decoder_of, vocabulary_of
 from posttrain.backend.attention import kernel_gap, packs, set_packing
 from posttrain.backend.batching import WIDTH_BUCKET, micro_batches
 from posttrain.backend.device_lock import computing
@@ -130,7 +130,7 @@ def check_head(
     head: Any = model.get_output_embeddings()
     if getattr(head, "bias", None) is not None:
         raise ModelError(f"{model_name!r} has a bias in its output layer, which the chunked logprobs do not add")
-    tokens, hidden_states = embedding_rows(model) - 1 - torch.arange(8, device=device)[None], []
+    tokens, hidden_states = vocabulary_of(model) - 1 - torch.arange(8, device=device)[None], []
     large_BTH = torch.from_numpy(np.random.default_rng(0).normal(size=(1, 8, head_VH.shape[1]))).to(head_VH)
     large_BTH *= LARGE_LOGITS / fp32_logits(large_BTH[0], head_VH).std()
     for replaced_BTH in (None, large_BTH):

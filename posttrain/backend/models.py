@@ -32,7 +32,7 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from posttrain.backend.architectures import kernel_of_attention
+from posttrain.backend.architectures import bound_steps_as_configured, kernel_of_attention
 from posttrain.backend.checkpoint_files import (
     ADAPTER_CONFIG_FILE,
     SCALAR_HEAD_FILE,
@@ -264,7 +264,9 @@ def new_model(config: PretrainedConfig) -> PreTrainedModel:
     """Of random fp32 weights. transformers would write its kernel into `config`, where an opened model of this
     config reads its own (attention.set_packing)."""
     kernel = kernel_of_attention(config)
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=kernel)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=kernel)
+    bound_steps_as_configured(model)
+    return model
 
 
 @computing()
@@ -350,6 +352,7 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
                 found += f": {mistaken}"
             raise ModelError(f"{model_name!r} cannot be opened: {found}")
     make_plain(model)
+    bound_steps_as_configured(model)
     _say_untied(model)
     _join_end_tokens(model)
     _make_savable(model_name, model)

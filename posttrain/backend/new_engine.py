@@ -5,7 +5,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from posttrain.backend.config import BackendConfig, training_device
 from posttrain.backend.engine import Engine
 from posttrain.backend.errors import ConfigError, ModelError
-from posttrain.backend.memory_plan import model_size
+from posttrain.backend.fake_models import model_size
 from posttrain.backend.models import new_model
 from posttrain.backend.openmp import limit_threads
 from posttrain.backend.random_state import drawn_from

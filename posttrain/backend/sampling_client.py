@@ -25,8 +25,8 @@ T = TypeVar("T")
 class SamplingClient(Ready):
     """An immutable snapshot: it answers with its weights however far the policy moves on. With
     `follow`, the live policy. Without `keep`, the weights are never copied, and calls after the
-    next sync raise StaleSamplerError. `vocabulary` is the model's number of embedding rows, which
-    may exceed the tokenizer's."""
+    next sync raise StaleSamplerError. `vocabulary` is the model's number of token ids, which may
+    exceed the tokenizer's."""
 
     def __init__(
         self,

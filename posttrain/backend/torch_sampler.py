@@ -15,14 +15,15 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-from posttrain.backend.architectures import decoder_of, embedding_rows, logit_transform, with_cache
+from posttrain.backend.architectures import decoder_of, logit_transform, vocabulary_of, with_cache
 from posttrain.backend.config import BackendConfig, compute_dtype
 from posttrain.backend.device_lock import computing
 from posttrain.backend.engine import Sampled, SequenceRequest, Weights
 from posttrain.backend.errors import ModelError
+from posttrain.backend.fake_models import cached_bytes, model_size
 from posttrain.backend.logprobs import fp32_logits, target_logprobs
-from posttrain.backend.memory import kv_bytes_per_token, kv_cache_bytes
-from posttrain.backend.memory_plan import PROMPT_BYTES, model_size, prompt_bytes
+from posttrain.backend.memory import kv_cache_bytes
+from posttrain.backend.memory_plan import PROMPT_BYTES, prompt_bytes
 from posttrain.backend.merged_lora import AdaptedWeights
 from posttrain.backend.model_checks import check_head
 from posttrain.backend.models import cast_weights, end_token_ids, fails_as
@@ -50,8 +51,8 @@ class TorchSampler:
         self._model: Any = cast_weights(model.to(device), self._dtype).eval()  # type: ignore[arg-type]
         self._tokenizer, self._device = tokenizer, device
         self._max_length, self._max_num_seqs = max_length, config.max_num_seqs
-        cache = kv_cache_bytes(model.config, max_length, config, device, vllm=False)
-        self._cache_tokens = cache // kv_bytes_per_token(model.config, self._dtype.itemsize)
+        self._cache_bytes = kv_cache_bytes(model.config, max_length, config, device, vllm=False)
+        self._states, self._per_token = cached_bytes(model.config, self._dtype.itemsize)
         self._size = model_size(model.config)
         self._transform, self._end_ids = logit_transform(model.config), end_token_ids(model.config, tokenizer)
         self._unmerged, self._shares = config.lora != "merged", config.lora == "shared"
@@ -81,9 +82,10 @@ class TorchSampler:
         for request in waiting[: self._max_num_seqs]:
             width, answer = len(request.prompt), max(answer, request.max_tokens)
             prompts.add(tuple(request.prompt))
+            one = self._states + (width + answer) * self._per_token
             full = (
                 prompt_bytes(self._size, len(prompts), width, self._dtype.itemsize) > PROMPT_BYTES
-                or (len(batch) + 1) * (width + answer) > self._cache_tokens
+                or (len(batch) + 1) * one > self._cache_bytes
             )
             if batch and (full or not self._pads and width != len(batch[0].prompt)):
                 break
@@ -212,7 +214,7 @@ class TorchSampler:
         """Largest relative difference of hidden states from those of whole sequences: after the prompts,
         for a group of the first, and after rows have left."""
         generator = torch.Generator().manual_seed(0)
-        prompts = [torch.randint(embedding_rows(self._model), (n,), generator=generator).tolist() for n in lengths]
+        prompts = [torch.randint(vocabulary_of(self._model), (n,), generator=generator).tolist() for n in lengths]
         hidden_BTH, mask_BT, cache = self._prefill(prompts)
         hidden_BH, sequences, gaps = hidden_BTH[:, -1], [*prompts], []
         for rows in ([0, 0, 1], [1, 2]):

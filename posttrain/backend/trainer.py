@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from posttrain.backend import checkpoints, out_of_memory
 from posttrain.backend.adapters import fingerprint
-from posttrain.backend.architectures import attention_windows, decoder_of, embedding_rows, logit_transform
+from posttrain.backend.architectures import attention_windows, decoder_of, logit_transform, vocabulary_of
 from posttrain.backend.attention import check_setting, dense_mask, masks_of_layers, tree_mask
 from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.batching import WIDTH_BUCKET, MicroBatch, Positions, micro_batches
@@ -91,7 +91,7 @@ class Trainer:
         else:
             hf_model = self._load(torch.float32 if masters else self.param_dtype)
         self.hf_config = hf_model.config
-        self.vocabulary = embedding_rows(hf_model)
+        self.vocabulary = vocabulary_of(hf_model)
         self.model: PreTrainedModel | PeftModel = add_lora(hf_model, model_name, lora, seed) if lora else hf_model
         self.base: PreTrainedModel = hf_model
         if lora and config.lora == "merged" and self.compute_dtype != torch.float32:
