@@ -55,7 +55,7 @@ def step_datum(record: StepRecord, renderer: Renderer, config: "StepExamplesBuil
     """`labels` and `weights` per token, and `step_ends`, 1 at the last token of a step. None if no
     step is left to train on."""
     form, last_tokens = config.form, config.last_tokens
-    text = form.separator.join(record.output)
+    text = form.separator.join(record.output) if record.written is None else record.written
     messages = exchange({"prompt": record.input, "completion": text}, "prompt", "completion", config.prompt_template)
     tokens, weights = scored_tokens(renderer, messages)
     prompt = weights.index(1.0)

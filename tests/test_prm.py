@@ -165,6 +165,20 @@ def test_labels_are_the_share_of_completions_that_are_right(plain: Renderer, tmp
     assert read_records(tmp_path / "labels.jsonl") == records
 
 
+# Trap: trained at the line break after a step, and scored in RL at the blank line after it.
+def test_a_solution_with_blank_lines_is_trained_on_as_it_was_sampled(plain: Renderer, tmp_path: Path) -> None:
+    shares = {"\n34+7=41\n\n": 6, "\n34+7=41\n\n41-8=33\n \n": 8}
+    env, solution = solve("\n34+7=41\n\n41-8=33\n \n#33", plain)
+    label(ScriptedSampler(plain, shares), [(env, solution)], tmp_path / "labels.jsonl")
+    (record,) = read_records(tmp_path / "labels.jsonl")
+    assert record.output == ["34+7=41", "41-8=33 ", "#33"] and record.soft == [0.75, 1.0, 1.0]
+    datum = step_datum(record, plain, StepExamplesBuilder(path="", form=LINES, last_tokens=1))
+    assert datum is not None and datum.model_input.to_ints() == [*solution.prompt, *solution.tokens]
+    ends = len(solution.prompt) + np.array(split_response(solution.tokens, plain, LINES).last_tokens)
+    assert np.flatnonzero(datum.loss_fn_inputs["weights"].array).tolist() == ends.tolist()
+    assert json.loads((tmp_path / "labels.jsonl").read_text())["written"]
+
+
 # Trap: a restarted labelling that repeats or changes labels.
 def test_a_killed_labelling_goes_on_where_it_was(plain: Renderer, tmp_path: Path) -> None:
     solutions, path = [solve(GOOD, plain), solve(BAD, plain)], tmp_path / "labels.jsonl"
