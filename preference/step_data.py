@@ -140,10 +140,11 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
             data += [Datum(ModelInput.kept(datum.model_input.to_ints()), datum.loss_fn_inputs) for datum in fitting]
         print(
             f"{self.path}: {len(data):,} {kind} solutions; dropped {overlong:,} longer than {limit} tokens, {empty:,} "
-            "without steps"
+            "cut off in their only step, or without the answer in it"
         )
         if not data:
-            raise DataError(f"{self.path}: no {kind} solution is left to use")
+            advice = "sample longer solutions, of a policy that ends them as form says" if empty else "raise max_length"
+            raise DataError(f"{self.path}: no {kind} solution is left to use: {advice}")
         return data
 
     def _datums(self, renderer: Renderer, rows: Sequence[tuple[str, StepRecord]]) -> list[Datum | None]:
