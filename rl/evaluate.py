@@ -170,7 +170,7 @@ async def _evaluate(config: Config, model: ModelSource, label: str) -> Evaluated
     builders_P = all_groups(test)[: config.num_problems]
     max_tokens = config.max_tokens or config.env.recommended_max_tokens()
     if notice := beyond_context(max_tokens, renderer.tokenizer):
-        print(f"{label}: {notice}", flush=True)
+        print(f"WARNING {label}: {notice}", flush=True)
     saved = _open_samples(config, model, folder, renderer_name, max_tokens)
     missing = [(p, s) for s in range(config.num_samples) for p in range(len(builders_P)) if (p, s) not in saved]
     if missing:

@@ -295,7 +295,7 @@ def beyond_context(max_tokens: int, tokenizer: Tokenizer) -> str | None:
     if max_tokens < (context := tokenizer.model_max_length):
         return None
     return (
-        f"WARNING max_tokens={max_tokens:,}, but the context is {context:,} tokens, prompt included: answers are cut off "
+        f"max_tokens={max_tokens:,}, but the context is {context:,} tokens, prompt included: answers are cut off "
         "there. backend.max_length sets it, up to the model's own"
     )
 
