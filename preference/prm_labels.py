@@ -118,7 +118,9 @@ async def _label(
 async def _hits(
     client: SamplingClient, key: str, problem: GradedProblem, solution: Solution, end: int, config: LabelConfig
 ) -> int:
-    """Number of right completions of the first `end` tokens."""
+    """Number of right completions of the first `end` tokens; 0 where max_tokens leaves no room for one."""
+    if end >= config.max_tokens:
+        return 0
     prefix = solution.tokens[:end]
     stop, seed = problem.renderer.get_stop_sequences(), int(_digest(key), 16) >> 2
     params = SamplingParams(config.max_tokens - end, seed, stop, config.temperature)

@@ -92,7 +92,10 @@ def _tokens_up_to(tokenizer: Tokenizer, tokens: list[int], ends: Sequence[int]) 
     text, blocks, characters = TokenText(tokenizer), [], 0
     for start in range(0, len(tokens), BLOCK):
         before, begins = text.given, start - len(text.waiting)
-        if piece := text.feed(tokens[start : start + BLOCK]):
+        piece = text.feed(tokens[start : start + BLOCK])
+        if not piece and start + BLOCK >= len(tokens):  # a response that is cut off in a character
+            piece = text.close()
+        if piece:
             blocks.append(
                 (characters := characters + len(piece), piece, before, tokens[begins : start + BLOCK], begins)
             )
