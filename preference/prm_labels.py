@@ -33,7 +33,8 @@ OF_TRL = {"prompt": "input", "completions": "output", "labels": "label"}
 @dataclass(frozen=True)
 class StepRecord:
     """A solution with a label for each step: a line of the file, in the "prm-v4" format (`input`,
-    `output`, `label`) with extra fields. `soft` is None in files of other projects."""
+    `output`, `label`) with extra fields. `soft` is None in files of other projects. `written` is the solution if it is
+    not its steps with one separator between two, as with a blank line: a model is trained on what it will score."""
 
     input: str
     output: list[str]
@@ -41,6 +42,7 @@ class StepRecord:
     soft: list[float] | None = None
     malformed: Malformed | None = None
     id: str = ""
+    written: str | None = None
 
 
 @chz.chz
@@ -108,13 +110,17 @@ async def _label(
         return None
     right = float(solution.correct and not steps.malformed)
     soft = [*(count / config.num_completions for count in hits), right]
-    return StepRecord(solution.question, steps.strings, [int(share > 0) for share in soft], soft, steps.malformed, key)
+    written = None if steps.text == config.form.separator.join(steps.strings) else steps.text
+    hard = [int(share > 0) for share in soft]
+    return StepRecord(solution.question, steps.strings, hard, soft, steps.malformed, key, written)
 
 
 async def _hits(
     client: SamplingClient, key: str, problem: GradedProblem, solution: Solution, end: int, config: LabelConfig
 ) -> int:
-    """Number of right completions of the first `end` tokens."""
+    """Number of right completions of the first `end` tokens; 0 where max_tokens leaves no room for one."""
+    if end >= config.max_tokens:
+        return 0
     prefix = solution.tokens[:end]
     stop, seed = problem.renderer.get_stop_sequences(), int(_digest(key), 16) >> 2
     params = SamplingParams(config.max_tokens - end, seed, stop, config.temperature)
@@ -150,7 +156,7 @@ def read_records(path: str | Path) -> list[StepRecord]:
 def _record(fields: dict[str, Any]) -> StepRecord:
     if missing := [name for name in ("input", "output", "label") if name not in fields]:
         raise DataError(f"no field {missing[0]!r}; the fields are {', '.join(map(repr, fields))}")
-    for name in ("input", "output_prefix", "malformed", "id"):
+    for name in ("input", "output_prefix", "malformed", "id", "written"):
         if not isinstance(fields.get(name), str if name == "input" else str | None):
             raise DataError(f"{name} must be a text, not {str(fields[name])[:80]}")
     steps, label, soft = fields["output"], fields["label"], fields.get("soft")
@@ -166,6 +172,5 @@ def _record(fields: dict[str, Any]) -> StepRecord:
     ):
         raise DataError(f"soft must be a share from 0 to 1 for each of the {len(steps)} steps, not {str(soft)[:80]}")
     question = fields["input"] + (fields.get("output_prefix") or "")
-    return StepRecord(
-        question, steps, [int(value) for value in label], soft, fields.get("malformed"), fields.get("id") or ""
-    )
+    hard, known = [int(value) for value in label], (fields.get("malformed"), fields.get("id") or "")
+    return StepRecord(question, steps, hard, soft, *known, fields.get("written"))

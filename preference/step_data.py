@@ -55,7 +55,7 @@ def step_datum(record: StepRecord, renderer: Renderer, config: "StepExamplesBuil
     """`labels` and `weights` per token, and `step_ends`, 1 at the last token of a step. None if no
     step is left to train on."""
     form, last_tokens = config.form, config.last_tokens
-    text = form.separator.join(record.output)
+    text = form.separator.join(record.output) if record.written is None else record.written
     messages = exchange({"prompt": record.input, "completion": text}, "prompt", "completion", config.prompt_template)
     tokens, weights = scored_tokens(renderer, messages)
     prompt = weights.index(1.0)
@@ -140,10 +140,11 @@ class StepExamplesBuilder(SupervisedDatasetBuilder):
             data += [Datum(ModelInput.kept(datum.model_input.to_ints()), datum.loss_fn_inputs) for datum in fitting]
         print(
             f"{self.path}: {len(data):,} {kind} solutions; dropped {overlong:,} longer than {limit} tokens, {empty:,} "
-            "without steps"
+            "cut off in their only step, or without the answer in it"
         )
         if not data:
-            raise DataError(f"{self.path}: no {kind} solution is left to use")
+            advice = "sample longer solutions, of a policy that ends them as form says" if empty else "raise max_length"
+            raise DataError(f"{self.path}: no {kind} solution is left to use: {advice}")
         return data
 
     def _datums(self, renderer: Renderer, rows: Sequence[tuple[str, StepRecord]]) -> list[Datum | None]:

@@ -60,9 +60,11 @@ class StepFormat:
 
 @dataclass(frozen=True)
 class StepTokens:
-    """Step k is `tokens[bounds[k] : bounds[k + 1]]`; `strings[k]` lacks the separator."""
+    """Step k is `tokens[bounds[k] : bounds[k + 1]]`; `strings[k]` lacks the separator. `text` has all of them, with
+    the blank lines between."""
 
     tokens: list[int]
+    text: str
     strings: list[str]
     bounds: list[int]
     malformed: Malformed | None
@@ -81,7 +83,7 @@ def split_response(tokens: Sequence[int], renderer: Renderer, form: StepFormat) 
     spans = form.spans(text)
     inner = _tokens_up_to(renderer.tokenizer, list(tokens), [start + end for _, end in spans[:-1]])
     bounds = [0, *inner, len(tokens)] if spans else [0]
-    return StepTokens(list(tokens), form.strings(text), bounds, form.malformed(text, ended))
+    return StepTokens(list(tokens), text, form.strings(text), bounds, form.malformed(text, ended))
 
 
 def _tokens_up_to(tokenizer: Tokenizer, tokens: list[int], ends: Sequence[int]) -> list[int]:
@@ -90,7 +92,10 @@ def _tokens_up_to(tokenizer: Tokenizer, tokens: list[int], ends: Sequence[int]) 
     text, blocks, characters = TokenText(tokenizer), [], 0
     for start in range(0, len(tokens), BLOCK):
         before, begins = text.given, start - len(text.waiting)
-        if piece := text.feed(tokens[start : start + BLOCK]):
+        piece = text.feed(tokens[start : start + BLOCK])
+        if not piece and start + BLOCK >= len(tokens):  # a response that is cut off in a character
+            piece = text.close()
+        if piece:
             blocks.append(
                 (characters := characters + len(piece), piece, before, tokens[begins : start + BLOCK], begins)
             )

@@ -51,6 +51,7 @@ from rl.evaluators import all_groups, merged
 from rl.names import BENCHMARKS, ENVS
 from rl.rollout_state import group_from_json, group_to_json
 from rl.rollouts import Policy, RolloutLimits, check_failures, do_group_rollout, raise_first
+from rl.step_checks import beyond_context
 from rl.types import EnvGroupBuilder, RLDatasetBuilder, TrajectoryGroup
 
 
@@ -168,6 +169,8 @@ async def _evaluate(config: Config, model: ModelSource, label: str) -> Evaluated
         raise ConfigError(f"{type(config.env).__name__} has no held-out problems with these settings")
     builders_P = all_groups(test)[: config.num_problems]
     max_tokens = config.max_tokens or config.env.recommended_max_tokens()
+    if notice := beyond_context(max_tokens, renderer.tokenizer):
+        print(f"WARNING {label}: {notice}", flush=True)
     saved = _open_samples(config, model, folder, renderer_name, max_tokens)
     missing = [(p, s) for s in range(config.num_samples) for p in range(len(builders_P)) if (p, s) not in saved]
     if missing:

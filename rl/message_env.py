@@ -16,7 +16,7 @@ from posttrain.backend.ranges import NUMBER, WHOLE
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.parts import get_thinking
 from posttrain.renderers.turns import decode, encode
-from posttrain.renderers.types import Message, Renderer, TrainOnWhat
+from posttrain.renderers.types import Message, Part, Renderer, TrainOnWhat
 from rl.types import (
     Action,
     Env,
@@ -165,8 +165,8 @@ def next_prompt(
     end = _end_of_turn(renderer, conversation, rendered, of_tools)
     if end is None:
         # The reply may begin with a line break, which joins that of the prompt in one token. What follows the turn
-        # is the same after another reply.
-        parts = conversation[-1].get("parts")
+        # is the same after another reply with these calls.
+        parts: list[Part] = [part for part in conversation[-1].get("parts", ()) if part["type"] != "text"]
         other = Message(role="assistant", content="", parts=parts) if parts else Message(role="assistant", content="x")
         spoken = [*conversation[:-1], other]
         after = renderer.build_generation_prompt([*spoken, *next_messages]).to_ints()

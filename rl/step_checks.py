@@ -15,7 +15,7 @@ import numpy as np
 
 from posttrain.backend.errors import CookbookError, DataError
 from posttrain.backend.types import EncodedTextChunk, ModelInput
-from posttrain.renderers.types import Renderer
+from posttrain.renderers.types import Renderer, Tokenizer
 from posttrain.tracking.datasets import ListDataset, train_and_test
 from rl.types import (
     Env,
@@ -288,6 +288,16 @@ def short_batches(builder: RLDatasetBuilder, dataset: RLDataset) -> str | None:
     if available >= wanted:
         return None
     return f"env.batch_size={wanted} is more than the {available:,} problems: every batch holds all of them"
+
+
+def beyond_context(max_tokens: int, tokenizer: Tokenizer) -> str | None:
+    """What is printed where no answer can have `max_tokens` tokens, since a prompt comes before it."""
+    if max_tokens < (context := tokenizer.model_max_length):
+        return None
+    return (
+        f"max_tokens={max_tokens:,}, but the context is {context:,} tokens, prompt included: answers are cut off "
+        "there. backend.max_length sets it, up to the model's own"
+    )
 
 
 def without_signal(

@@ -72,6 +72,8 @@ async def main(config: Config) -> Metrics:
         raise DataError("the dataset has no batch to train on")
     if notice := step_checks.short_batches(config.env, dataset):
         print(notice, flush=True)
+    if notice := step_checks.beyond_context(max_tokens, renderer.tokenizer):
+        print(f"WARNING {notice}", flush=True)
     second_copy = bool(config.kl.coef) and not config.kl.reference_path and not starts_at_base(config)
     check_fits(planned(config.model_name, config.backend, config.lora(), True, second_copy), config.model_name)
     warn_of_learning_rate("rl", config.model_name, config.lora_rank, config.learning_rate)

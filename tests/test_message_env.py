@@ -148,8 +148,10 @@ def test_a_reply_that_begins_with_a_line_break_is_kept():
     )
     renderer = ChatTemplateRenderer(tokenizer)
     assert renderer.has_extension_property
-    sampled = [encode(tokenizer, text + "<|end|>") for text in ("\nab", "a", "\n\nb")]
-    tokens = one_sequence(roll_out(renderer, Echo(), sampled))
+    replies = ["\nab", "a", "\n\nb", "\n\na<tool_call>b</tool_call>", "\n\nb<think>a", "b"]
+    trajectory = roll_out(renderer, Echo(len(replies)), [encode(tokenizer, text + "<|end|>") for text in replies])
+    tokens = one_sequence(trajectory)
+    assert trajectory.reward == 1 and len(trajectory.transitions) == len(replies)
     assert decode(tokenizer, tokens).count("assistant:\n\nab<|end|>user:\nyou said \nab<|end|>assistant:\na") == 1
 
 

@@ -99,6 +99,18 @@ def test_steps_of_a_long_solution_are_those_of_its_prefixes(kind: str, monkeypat
     assert len(ends) == 100 and sum(decoded) < 1000 * len(ends)  # ten prefixes for each end would be 5,000
 
 
+# Trap: the text of a whole block waits for the other half of its last character.
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("lines", [2, 40])
+def test_steps_of_a_response_cut_off_in_a_character(kind: str, lines: int) -> None:
+    tokenizer = wrapped(KINDS[kind]())
+    tokens = tokenizer.encode("that is\n" * lines + "💡", add_special_tokens=False)[:-1]
+    prefixes = [decode(tokenizer, tokens[:n]) for n in range(len(tokens) + 1)]
+    ends = [end for end, letter in enumerate(prefixes[-1], start=1) if letter == "\n"]
+    expected = [next(n for n, text in enumerate(prefixes) if text.startswith(prefixes[-1][:end])) for end in ends]
+    assert _tokens_up_to(tokenizer, tokens, ends) == expected and len(set(expected)) == len(expected) >= lines - 1
+
+
 def test_what_is_malformed(plain: Renderer) -> None:
     for text, ended, kind in [
         ("1\n#2", False, "truncated"),
@@ -163,6 +175,23 @@ def test_labels_are_the_share_of_completions_that_are_right(plain: Renderer, tmp
     assert counts == {"duplicate": 1, "empty": 1, "cached": 0, "labelled": 3, "failed": 0, "truncated": 1}
     assert len({seed for _, seed in sampler.asked}) == len(sampler.asked) == 5
     assert read_records(tmp_path / "labels.jsonl") == records
+    no_room = LabelConfig(max_tokens=len("34+7=41\n"), form=LINES, num_completions=8)
+    (record,), _ = asyncio.run(label_solutions(sampler, solutions[2:3], no_room, tmp_path / "short.jsonl"))  # type: ignore[arg-type]
+    assert record.soft == [0.0, 0.0] and len(sampler.asked) == 5
+
+
+# Trap: trained at the line break after a step, and scored in RL at the blank line after it.
+def test_a_solution_with_blank_lines_is_trained_on_as_it_was_sampled(plain: Renderer, tmp_path: Path) -> None:
+    shares = {"\n34+7=41\n\n": 6, "\n34+7=41\n\n41-8=33\n \n": 8}
+    env, solution = solve("\n34+7=41\n\n41-8=33\n \n#33", plain)
+    label(ScriptedSampler(plain, shares), [(env, solution)], tmp_path / "labels.jsonl")
+    (record,) = read_records(tmp_path / "labels.jsonl")
+    assert record.output == ["34+7=41", "41-8=33 ", "#33"] and record.soft == [0.75, 1.0, 1.0]
+    datum = step_datum(record, plain, StepExamplesBuilder(path="", form=LINES, last_tokens=1))
+    assert datum is not None and datum.model_input.to_ints() == [*solution.prompt, *solution.tokens]
+    ends = len(solution.prompt) + np.array(split_response(solution.tokens, plain, LINES).last_tokens)
+    assert np.flatnonzero(datum.loss_fn_inputs["weights"].array).tolist() == ends.tolist()
+    assert json.loads((tmp_path / "labels.jsonl").read_text())["written"]
 
 
 # Trap: a restarted labelling that repeats or changes labels.

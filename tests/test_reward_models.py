@@ -190,12 +190,14 @@ def test_scores_are_trained_where_sampled_answers_end(name):
 def test_sampled_white_space_before_an_answer_is_scored():
     renderer = get_renderer("chat_template", bpe_tokenizer(str(character_tokenizer(512).chat_template)))
     prompt = renderer.build_generation_prompt(said("user", "7=")).to_ints()
-    for written in ("\n1+6;#7", "\n\n 1+6;#7"):
+    for written in ("\n1+6;#7", "\n\n 1+6;#7", "\n<|im_end|>6;#7"):
         conversation = [*said("user", "7="), *said("assistant", written)]
         with pytest.raises(DataError, match="joins"):
             renderer.build_supervised_example(conversation)
         tokens, weights = scored_tokens(renderer, conversation)
-        answer = encode(renderer.tokenizer, written + "<|im_end|>")
+        answer = [
+            token for text in (*written.partition("<|im_"), "<|im_end|>") for token in encode(renderer.tokenizer, text)
+        ]
         assert tokens == prompt + answer and weights == [0.0] * len(prompt) + [1.0] * len(answer)
         config = StepExamplesBuilder(path="", form=StepFormat(separator=";", answer_marker="#"), last_tokens=1)
         datum = step_datum(StepRecord("7=", [*written.split(";")], [1, 1]), renderer, config)

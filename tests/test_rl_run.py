@@ -31,7 +31,7 @@ from rl.group_sources import GroupSource
 from rl.kl import KLPenalty
 from rl.likelihood_reward import LikelihoodReward, LikelihoodRewardBuilder
 from rl.metrics import compute_trajectory_metrics
-from rl.step_checks import short_batches
+from rl.step_checks import beyond_context, short_batches
 from rl.transcripts import write_rollouts
 from rl.types import EnvGroupBuilder, StepResult, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests.conftest import rounded
@@ -275,6 +275,14 @@ def test_fewer_problems_than_a_batch_are_trained_on_and_said() -> None:
         short_batches(whole, Few(whole))
         == "env.batch_size=4 is more than the 3 problems: every batch holds all of them"
     )
+
+
+def test_answers_longer_than_the_context_are_said_to_be_cut_off() -> None:
+    """AIME asks for 8,192 tokens, and the context is 4,096 unless backend.max_length says otherwise."""
+    tokenizer = _tokenizer()
+    context = tokenizer.model_max_length
+    assert beyond_context(context - 1, tokenizer) is None
+    assert f"max_tokens={context}, but the context is {context} tokens" in (beyond_context(context, tokenizer) or "")
 
 
 def test_equal_prompts_of_comparisons_are_counted_aloud(capsys: pytest.CaptureFixture[str]) -> None:

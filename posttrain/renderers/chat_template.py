@@ -222,8 +222,12 @@ class ChatTemplateRenderer:
             # of one that is lost, the answer would follow nothing; a client's text beside a call may be lost
             if self.writes_tools and not message["content"] and len(calls := get_tool_calls(message)) > 1:
                 self._check_parts({**message, "parts": [*calls]}, i, trained=False)
-        begun = encode(self.tokenizer, self.before_reply + prefill) if prefill else []
-        return ModelInput.from_ints(self._render(messages, add_generation_prompt=True) + begun)
+        prompt = self._render(messages, add_generation_prompt=True)
+        if not prefill:
+            return ModelInput.from_ints(prompt)
+        begun = self._spelled.marked("assistant", self.before_reply + prefill)
+        tokens = self._spelled.encode(begun, lambda text, _: encode(self.tokenizer, text))
+        return ModelInput.from_ints(prompt + tokens)
 
     def build_supervised_example(
         self, messages: Sequence[Message], train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES
