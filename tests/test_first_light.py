@@ -1,5 +1,6 @@
 """First light: aims and their verdicts, ratios, and what only a GPU's blocks do, with a stand-in."""
 
+import copy
 import json
 import os
 import shutil
@@ -17,7 +18,6 @@ import pytest
 import torch
 from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
-from transformers import Qwen3Config
 
 from benchmarks.gpu import first_light, large_models, learning, train_step, warm_start
 from benchmarks.gpu.aims import AIMS, Aim, table
@@ -256,7 +256,9 @@ def test_a_model_of_more_rows_than_tokens_has_a_text_to_stop_at(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Trap: it samples ids without a text, before it is trained and after steps on one random text after the other."""
-    monkeypatch.setitem(PRESETS, "micro", Qwen3Config(**PRESETS["micro"].to_dict() | {"vocab_size": 5000}))
+    config = copy.deepcopy(PRESETS["micro"])
+    config.vocab_size = 5000
+    monkeypatch.setitem(PRESETS, "micro", config)
     record = Record()
     with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
         client = service.create_training_client("micro")
