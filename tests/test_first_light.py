@@ -1,9 +1,12 @@
 """First light: aims and their verdicts, ratios, and what only a GPU's blocks do, with a stand-in."""
 
+import copy
 import json
 import os
 import shutil
+import signal
 import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 from threading import Barrier
@@ -19,10 +22,15 @@ from torch.autograd.profiler_util import FunctionEvent
 from benchmarks.gpu import first_light, large_models, learning, train_step, warm_start
 from benchmarks.gpu.aims import AIMS, Aim, table
 from benchmarks.gpu.checks import Record
-from benchmarks.gpu.half_b_engine import loads
+from benchmarks.gpu.data import VOCABULARY
+from benchmarks.gpu.half_b_engine import TRAINED_ON, check_stop_string_of_trained, loads
 from benchmarks.gpu.sampling import FIRST, MORE, in_order, summary
+from benchmarks.gpu.small_engines import repeated
 from posttrain.backend import vllm_weights
+from posttrain.backend.config import BackendConfig
 from posttrain.backend.models import PRESETS
+from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.types import SamplingParams
 from posttrain.backend.vllm_copies import record
 from posttrain.tracking.run_folder import RunFolder
 from tests.pretend_gpu import pretend_gpu
@@ -59,6 +67,7 @@ def test_the_parts_for_an_offline_machine_are_of_one_size_and_join_to_what_was_p
     shutil.copy(first_light.ROOT / "benchmarks" / "gpu" / "offline.sh", script)
     subprocess.run(["bash", script, "pack", tmp_path / "part"], check=True, capture_output=True)
     light = tmp_path / "project" / ".light"
+    assert (light / "1" / "commit").read_text() == ""  # of a folder that is no repository
     assert b"".join((light / str(part) / f"vllm.tar.xz.{part}").read_bytes() for part in (1, 2, 3)) == archive
     assert [file.name for file in light.rglob("*.whl")] == ["chz-0.4.0-py3-none-any.whl"]
     sizes = [sum(file.stat().st_size for file in (light / str(part)).iterdir()) for part in (1, 2, 3)]
@@ -87,7 +96,7 @@ def test_blocks_run_in_turn_or_together_and_what_failed_comes_last(
 
 
 def test_figures_are_kept_while_a_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """This one ends when it sees its figure in the summary."""
+    """This one ends when it sees its figure in the summary, and then its number is forgotten."""
     figure = json.dumps({"passed": False, "device": "cpu", "failed": [], "tokens/s": 7, "error": "ended early"})
     block = f"""
 import pathlib, time
@@ -105,7 +114,30 @@ print('{{"passed": true, "device": "cpu", "tokens/s": 7}}')
     monkeypatch.setattr(first_light.subprocess, "Popen", start)
     monkeypatch.setattr(first_light, "SECONDS", {"shown": 0})
     monkeypatch.setattr(first_light, "SHOWN_EVERY", 0.05)
-    assert first_light.run_block("shown", tmp_path, 120.0)["passed"]
+    assert first_light.run_block("shown", tmp_path, 120.0)["passed"] and not list(tmp_path.glob("*.pid"))
+
+
+def test_what_a_killed_driver_left_is_ended(tmp_path: Path) -> None:
+    """A block is in a session of its own, which a machine's time limit does not end."""
+    (out := tmp_path / "out").mkdir()
+    block = tmp_path / "benchmarks" / "gpu" / "shown.py"
+    block.parent.mkdir(parents=True)
+    block.write_text("import time\ntime.sleep(1000)\n")
+    blocks = [
+        subprocess.Popen([sys.executable, "-m", "benchmarks.gpu.shown"], cwd=tmp_path, start_new_session=True)
+        for _ in range(2)
+    ]
+    try:
+        (out / "shown.pid").write_text(str(blocks[0].pid))
+        (out / "other.pid").write_text(str(blocks[1].pid))  # a number that is another process's by now
+        for process in blocks:
+            wait_until(lambda process=process: b"shown" in Path(f"/proc/{process.pid}/cmdline").read_bytes())
+        first_light.end_left_behind(out)
+        assert blocks[0].wait(60) == -signal.SIGKILL and blocks[1].poll() is None and not list(out.iterdir())
+    finally:
+        for process in blocks:
+            process.kill()
+            process.wait()
 
 
 def test_an_error_ends_a_part_of_a_block(capsys: pytest.CaptureFixture[str]) -> None:
@@ -218,6 +250,24 @@ def test_a_load_is_timed_by_copies_and_by_loaders(monkeypatch: pytest.MonkeyPatc
     loaded = sum(tensor.numel() for name, tensor in random(1) if name != "lm_head")
     assert found["GB"] == pytest.approx((8 * loaded - 2 * 4) / 1e9)
     assert torch.equal(model.up, dict(random(1))["up"].T)
+
+
+def test_a_model_of_more_rows_than_tokens_has_a_text_to_stop_at(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Trap: it samples ids without a text, before it is trained and after steps on one random text after the other."""
+    config = copy.deepcopy(PRESETS["micro"])
+    config.vocab_size = 5000
+    monkeypatch.setitem(PRESETS, "micro", config)
+    record = Record()
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
+        client = service.create_training_client("micro")
+        sampled = client.save_weights_and_get_sampling_client().sample(
+            repeated(TRAINED_ON, 3), 1, SamplingParams(max_tokens=5, temperature=0.0, stop=[])
+        )
+        assert max(sampled.result().sequences[0].tokens) >= VOCABULARY
+        check_stop_string_of_trained(record, client)
+    assert record.passed
 
 
 def test_training_is_measured_on_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

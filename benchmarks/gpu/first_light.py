@@ -93,6 +93,16 @@ def in_turn(groups: list[list[str]], out: Path) -> list[list[str]]:
     return sorted(groups, key=lambda names: all((out / f"{name}.json").exists() for name in names))
 
 
+def end_left_behind(out: Path) -> None:
+    """The blocks of a driver that was killed: in sessions of their own, they would run on beside the next ones."""
+    for file in out.glob("*.pid"):
+        block = int(file.read_text())
+        with contextlib.suppress(OSError):
+            if f"benchmarks.gpu.{file.stem}" in Path(f"/proc/{block}/cmdline").read_text():
+                _kill(block)
+        file.unlink()
+
+
 def ended(records: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """As they come. Whoever stops the driver stops the blocks."""
     try:
@@ -117,6 +127,8 @@ def run_block(name: str, out: Path, limit: float) -> dict[str, Any]:
             start_new_session=True,
         )
         _running.add(process.pid)
+        pid = out / f"{name}.pid"
+        pid.write_text(str(process.pid))
         try:
             ending = f"exit status {watched(process, name, out, start + limit)}"
         except subprocess.TimeoutExpired:
@@ -125,6 +137,7 @@ def run_block(name: str, out: Path, limit: float) -> dict[str, Any]:
             _kill(process.pid)
             process.wait()
             _running.remove(process.pid)
+            pid.unlink(missing_ok=True)
         log.seek(0)
         lines = log.read().strip().splitlines()
     record = last_record(lines)
@@ -190,6 +203,7 @@ def main() -> int:
     arguments = parser.parse_args()
     end = time.monotonic() + arguments.seconds
     arguments.out.mkdir(parents=True, exist_ok=True)
+    end_left_behind(arguments.out)
     failed = 0
     for names in in_turn([names.split("+") for names in arguments.blocks.split(",")], arguments.out):
         waiting = [name for name in names if not has_passed(arguments.out / f"{name}.json")]

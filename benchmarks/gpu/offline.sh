@@ -16,6 +16,7 @@ unneeded='anthropic|cryptography|fastar|httptools|mistral_common|oss_harmony|out
 
 pack() {
   rm -rf .light && mkdir -p .light/{1,2,3}
+  git describe --always --dirty > .light/1/commit || true # no repository
   for wheel in "$1"[0-4]/*.whl; do
     [[ ${wheel##*/} =~ ^($unneeded)- ]] || cp "$wheel" .light/1/
   done
