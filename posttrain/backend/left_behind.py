@@ -69,7 +69,7 @@ def remove_own(folder: Path) -> None:
 
 
 def remove(folder: "str | Path") -> None:
-    """Also the shared memory that processes have noted there (`note_shared_memory`)."""
+    """Also what processes have noted there (`note_shared_memory`, `note_temporary_folder`)."""
     import glob
     import os
     import shutil
@@ -77,8 +77,20 @@ def remove(folder: "str | Path") -> None:
     for note in glob.glob(f"{glob.escape(str(folder))}/*.segments"):
         with open(note) as lines:
             for path in [path for line in lines.read().splitlines() for path in glob.glob(line)]:
-                os.remove(path)
+                shutil.rmtree(path, ignore_errors=True) if os.path.isdir(path) else os.remove(path)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def note_temporary_folder(note: Path) -> None:
+    """A folder of its own for the temporary files of this process and its children, which is written down: vLLM
+    leaves sockets and a file store in it after a SIGKILL, by which Ray ends a process. Compiled kernels stay where
+    other processes find them."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_dir()
+    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="posttrain-")
+    with note.open("a") as file:
+        file.write(f"{glob.escape(tempfile.tempdir)}\n")
 
 
 def note_semaphores(note: Path) -> None:
@@ -86,7 +98,8 @@ def note_semaphores(note: Path) -> None:
     writes it down. Nobody else can remove them: Ray kills Python's resource tracker as well."""
     prefix = f"mp-{secrets.token_hex(4)}"
     multiprocessing.current_process()._config["semprefix"] = f"/{prefix}"  # type: ignore[attr-defined]
-    note.write_text(f"/dev/shm/sem.{prefix}-*\n")
+    with note.open("a") as file:
+        file.write(f"/dev/shm/sem.{prefix}-*\n")
 
 
 def note_shared_memory(note: Path) -> None:
