@@ -68,11 +68,17 @@ class SamplerActor:
     ) -> SampleResponse:
         if self._policy.newest is None:
             raise EngineError("this replica has no weights yet")
-        version = None if number is None else self._version(number, weights)
+        version, let_go = None if number is None else self._version(number, weights), None
+        if version is not None and weights is not None:
+            let_go = version.hold(self)
+            version.lives_in(weights)  # again: a sync may have dropped them
         try:
             return await self._engine.submit(self, requests, self._policy, version, keep, lambda response: response)
         except EngineError as error:
             raise self._lost(error) from error
+        finally:
+            if let_go is not None:
+                let_go()
 
     async def sync(self, number: int, weights: FileWeights) -> float:
         """Seconds of loading, in which nothing is decoded."""
