@@ -131,9 +131,9 @@ def _family(pid: int) -> list[int]:
 KEEPER = (
     f"{inspect.getsource(remove)}"
     + """
-import os, select, signal, sys, time
-parent, folders = int(sys.argv[1]), sys.argv[2].split(os.pathsep)
-started = {int(pid) for pid in sys.argv[3:]}
+import glob, os, select, signal, sys, time
+parent, folders, sessions = int(sys.argv[1]), [*filter(None, sys.argv[2].split(os.pathsep))], sys.argv[3]
+started = {int(pid) for pid in sys.argv[4:]}
 
 def word():
     said = b""
@@ -156,14 +156,17 @@ def status(pid):  # state, parent, process group
 def alive(pid):
     return status(pid)[0] not in "XZ"
 
-def is_ray(pid):  # a dead process's number may belong to another by now
+def command(pid):
     try:
-        return b"ray" in open(f"/proc/{pid}/cmdline", "rb").read()
+        return open(f"/proc/{pid}/cmdline", "rb").read()
     except OSError:
-        return False
+        return b""
+
+def all_processes():
+    return map(int, filter(str.isdigit, os.listdir("/proc")))
 
 def add_children(family):
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+    for pid in all_processes():
         if pid not in family and family & set(map(int, status(pid)[1:])):
             family.add(pid)
             add_children(family)
@@ -175,7 +178,11 @@ if (said := word()) != b"closed":
         print(text, file=sys.stderr, flush=True)
     family = set(started)
     add_children(family)
-    family = {pid for pid in family if alive(pid) and (pid not in started or is_ray(pid))}
+    # a dead process's number may belong to another by now
+    family = {pid for pid in family if alive(pid) and (pid not in started or b"ray" in command(pid))}
+    for session in glob.glob(sessions):
+        folders.append(session)
+        family |= {pid for pid in all_processes() if os.fsencode(session) in command(pid)}
     for number, seconds in ((signal.SIGTERM, 2), (signal.SIGKILL, 5)):
         for pid in family:
             try:
@@ -191,8 +198,10 @@ if (said := word()) != b"closed":
 )
 
 
-def start_keeper(folders: list[str], pids: list[int]) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-S", "-c", KEEPER, str(os.getpid()), os.pathsep.join(folders), *map(str, pids)]
+def start_keeper(folders: list[str], pids: list[int], sessions: str = "") -> "subprocess.Popen[bytes]":
+    """`sessions`: a pattern for the folders of a Ray that starts, whose processes are not known yet but name them."""
+    said = (str(os.getpid()), os.pathsep.join(folders), sessions)
+    command = [sys.executable, "-S", "-c", KEEPER, *said, *map(str, pids)]
     keeper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     atexit.register(_exits, keeper)
     return keeper
