@@ -22,7 +22,7 @@ from posttrain.backend.errors import ConfigError, EngineError
 from posttrain.backend.futures import wait_saying
 from posttrain.backend.left_behind import remove_own, start_keeper, weight_folder
 from posttrain.backend.placement import check_gpus, check_placement, gpus_needed
-from posttrain.backend.ray_process import own_processes, ray_running, session_folders, stop_ray, visible_gpus
+from posttrain.backend.ray_process import own_processes, own_sessions, ray_running, stop_ray, visible_gpus
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -68,7 +68,7 @@ class Cluster:
             except BaseException:
                 _stop_ray_if_unused()
                 raise
-            self._keeper = start_keeper([str(self.folder), *session_folders()], own_processes())
+            self._keeper = start_keeper([str(self.folder)], own_processes(), own_sessions())
             _open.add(self)
 
     def start(

@@ -199,7 +199,7 @@ if (said := word()) != b"closed":
 
 
 def start_keeper(folders: list[str], pids: list[int], sessions: str = "") -> "subprocess.Popen[bytes]":
-    """`sessions`: a pattern for the folders of a Ray that starts, whose processes are not known yet but name them."""
+    """`sessions`: a pattern, with *, for the folders of a Ray whose processes name them: not all are there yet."""
     said = (str(os.getpid()), os.pathsep.join(folders), sessions)
     command = [sys.executable, "-S", "-c", KEEPER, *said, *map(str, pids)]
     keeper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)

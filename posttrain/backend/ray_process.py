@@ -84,7 +84,7 @@ def _start_here(init: Callable[[], object]) -> threading.Event:
     before the run has saved."""
     from ray._private import services
 
-    keeper = start_keeper([], [], _own_sessions())
+    keeper = start_keeper([], [], own_sessions())
     ask, popen = services.get_node, services.ConsolePopen
     for left in (2, 1, 0):
         started: list[Any] = []
@@ -118,7 +118,7 @@ def _start_here(init: Callable[[], object]) -> threading.Event:
     raise AssertionError
 
 
-def _own_sessions() -> str:
+def own_sessions() -> str:
     """A pattern for the folders of Rays that this process starts."""
     from ray._common.utils import get_default_ray_temp_dir
 
@@ -127,7 +127,7 @@ def _own_sessions() -> str:
 
 def _remove_sessions() -> None:
     """The folders of Rays whose start here has failed."""
-    for folder in glob.glob(_own_sessions()):
+    for folder in glob.glob(own_sessions()):
         shutil.rmtree(folder, ignore_errors=True)
 
 
