@@ -4,11 +4,13 @@ their weights. Without Ray.
 
 import itertools
 import pickle
+import re
 import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,10 +25,11 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, DataError, EngineError, OutOfMemoryError, TrainerLostError
 from posttrain.backend.ranks import ALONE, Processes, joined_processes
 from posttrain.backend.trainer_group import TrainerRanks, _GroupWeights
-from posttrain.backend.trainer_rank import TrainerRank, interface_of
+from posttrain.backend.trainer_rank import Position, TrainerRank, interface_of
 from posttrain.backend.types import GetInfoResponse
 from posttrain.backend.weight_files import write_shard
 from posttrain.tracking.run_folder import open_run_folder
+from tests.processes import wait_until
 
 SILENT = object()
 
@@ -70,18 +73,17 @@ def test_a_process_that_dies_while_others_wait_for_it_is_heard_of_at_once(monkey
         cluster.answers([waits], "the training processes", 0.01)
 
 
-def test_a_rank_that_stands_still_is_named_and_then_ends_all(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The others wait for it in a collective call; torch would end that after half an hour, without a word before."""
+def looked_at(monkeypatch: pytest.MonkeyPatch, position: Callable[[int, int], Position | None]) -> str:
+    """What is raised for two ranks that do not end, with `position(rank, seconds)`, None = no answer."""
+    clock = itertools.count(step=25)
     monkeypatch.setattr(trainer_group, "LOOK_SECONDS", 0.01)
-    monkeypatch.setattr(trainer_group, "time", SimpleNamespace(monotonic=itertools.count(step=25).__next__))
+    monkeypatch.setattr(trainer_group, "time", SimpleNamespace(monotonic=clock.__next__))
     waiting = [Future[Any](), Future[Any]()]
 
-    def pulse(rank: int) -> Future[None]:
-        answered = Future[None]()
-        if rank == 0:
-            answered.set_result(None)
+    def ask(rank: int) -> Future[Position]:
+        answered = Future[Position]()
+        if (at := position(rank, next(clock))) is not None:
+            answered.set_result(at)
         return answered
 
     def kill(rank: int) -> None:
@@ -89,13 +91,72 @@ def test_a_rank_that_stands_still_is_named_and_then_ends_all(
             waiting[rank].set_exception(ProcessLost())
 
     ranks: Any = object.__new__(TrainerRanks)
-    ranks.cluster = SimpleNamespace(config=BackendConfig(call_seconds=250), pulse=pulse, kill=kill)
-    ranks._lock, ranks._looking, ranks._lost, ranks._silences = threading.Lock(), threading.Lock(), None, {}
+    ranks.cluster = SimpleNamespace(config=BackendConfig(call_seconds=250), position=ask, kill=kill)
+    ranks._lock, ranks._looking, ranks._lost, ranks._watches = threading.Lock(), threading.Lock(), None, {}
     ranks._handles = [0, 1]
-    with pytest.raises(TrainerLostError, match=r"^training process 1 has not answered for \d+ s \(backend.call_sec"):
+    with pytest.raises(TrainerLostError) as error:
         ranks._outcome(waiting)
+    return str(error.value)
+
+
+def test_a_rank_that_does_not_answer_is_named_and_then_ends_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The others wait for it in a collective call; torch would end that after half an hour, without a word before."""
+    says = looked_at(monkeypatch, lambda rank, at: None if rank else Position(1, "run", None, at, at))
+    assert re.match(r"training process 1 has not answered for \d+ s.*\(backend.call_seconds=250\)", says)
     said = capsys.readouterr().out.splitlines()
     assert 2 <= len(said) <= 4 and all(line.startswith("WARNING training process 1 has not ans") for line in said)
+
+
+def test_a_rank_that_stands_at_a_line_is_named_and_then_ends_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It answers, from another thread: a lock in a loss that is never free."""
+    says = looked_at(monkeypatch, lambda rank, at: Position(1, "run", "loss.py:3 in waits" if rank else None, at, 0))
+    assert re.match(r"training process 1 has stood at loss.py:3 in waits for \d+ s \(run\), and the others wait", says)
+    said = capsys.readouterr().out.splitlines()
+    assert 2 <= len(said) <= 4 and all(line.startswith("WARNING training process 1 has stood at loss") for line in said)
+
+
+@pytest.mark.parametrize(
+    "position",
+    [
+        lambda rank, at: Position(1, "run", "loss.py:3 in waits" if rank else None, at, at / 2),  # it computes
+        lambda rank, at: Position(at, "run", "loss.py:3 in waits" if rank else None, at, 0),  # short calls
+        lambda rank, at: Position(1, "run", f"loss.py:{at} in waits" if rank else None, at, 0),
+        lambda rank, at: Position(1, "run", "loss.py:3 in waits", at, 0),  # all do: for what is not a rank
+        lambda rank, at: Position(1, "save_state", None if rank else "files.py:3 in save", at, 0),  # a slow disk
+    ],
+    ids=["computes", "short calls", "another line", "all", "writes"],
+)
+def test_a_slow_rank_is_not_ended(
+    position: Callable[[int, int], Position], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    says = looked_at(monkeypatch, lambda rank, at: position(rank, at) if at < 2000 else None)
+    assert "has not answered" in says  # from then on
+    names = [line for line in capsys.readouterr().out.splitlines() if "has stood" in line]
+    of_save = position(0, 0).method == "save_state"
+    assert bool(names) == of_save and all("are ended" not in line for line in names)
+
+
+@pytest.mark.parametrize(
+    ("file", "line"), [("loss.py", "loss.py:1 in <module>"), (f"{trainer_rank.TORCH}/distributed/c10d.py", None)]
+)
+def test_a_rank_says_where_it_is(file: str, line: str | None) -> None:
+    """The line that calls Python's library; none within torch, where it waits for other ranks."""
+    rank, comes = TrainerRank(0, 1, BackendConfig()), threading.Event()
+    waits = partial(exec, compile("comes.wait()", file, "exec"), {"comes": comes})
+    rank._trainers[7] = SimpleNamespace(run=waits)  # type: ignore[assignment]
+    before = rank.position()
+    thread = threading.Thread(target=rank.call, args=(7, "run", ((), {})))
+    thread.start()
+    wait_until(lambda: comes._cond._waiters)  # type: ignore[attr-defined]
+    at = rank.position()
+    comes.set()
+    thread.join()
+    assert (before.method, before.line, at.call, at.method, at.line) == (None, None, 1, "run", line)
+    assert rank.position().method is None
 
 
 def test_copies_that_torchrun_has_started_are_no_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -56,10 +56,11 @@ def exact(client: TrainingClient) -> dict[str, torch.Tensor]:
     return {name: t.detach().clone() for name, t in trainer.trained.exact(trainer.model.state_dict()).items()}
 
 
+@pytest.mark.parametrize("lora", [None, LoraConfig(4)], ids=["all weights", "lora"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_resuming_is_bit_identical(name: str, tmp_path: Path) -> None:
+def test_resuming_is_bit_identical(name: str, lora: LoraConfig | None, tmp_path: Path) -> None:
     with ServiceClient(backend(SETTINGS[name]), tmp_path) as service:
-        uninterrupted, first = (service.create_training_client("micro") for _ in range(2))
+        uninterrupted, first = (service.create_training_client("micro", lora) for _ in range(2))
         train(uninterrupted, range(4))
         train(first, range(2))
         path = first.save_state("middle").result().path

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, wait
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -109,6 +109,23 @@ def test_versions_follow_the_trainer(client: TrainingClient) -> None:
         stale.sample(PROMPTS[0], 1, SamplingParams(max_tokens=2)).result(300)
     assert sampled(kept) == before != sampled(newest)  # a snapshot is loaded from its files
     assert pool_of(client).deaths == 0 and num_serving(pool_of(client)) == 2
+
+
+def test_a_snapshot_answers_while_new_weights_are_loaded(client: TrainingClient) -> None:
+    """One replica has them, and the policy's newest version is still the snapshot's."""
+    snapshot, pool = client.save_weights_and_get_sampling_client(), pool_of(client)
+    before = sampled(snapshot)
+    step(client)
+    os.kill(late := actors("SamplerActor")[0], signal.SIGSTOP)
+    asked = {place.replica.progress(): place.replica for place in pool._places if place.replica}
+    (runs, *_), _ = wait(asked, return_when=FIRST_COMPLETED)
+    with ThreadPoolExecutor() as thread:
+        newest = thread.submit(client.save_weights_and_get_sampling_client)
+        wait_until(lambda: asked[runs].progress().result(300) > runs.result())
+        answers = [snapshot.sample(prompt, 2, SamplingParams(max_tokens=12, seed=3)) for prompt in PROMPTS]
+        os.kill(late, signal.SIGCONT)
+        assert [sequence.tokens for answer in answers for sequence in answer.result(300).sequences] == before
+        assert gap(client, newest.result(300)) < rounded(1e-5)
 
 
 def test_a_replica_killed_in_a_batch_changes_no_token(client: TrainingClient) -> None:

@@ -210,6 +210,12 @@ def test_older_versions_are_stale_or_kept_as_files(make: Callable[..., Pool]) ->
     pool = make()
     first = pool.sync()
     release = first.hold(pool)
+    assert pool.sample(1, first).result(PATIENCE) == pool.sample(1, first, keep=True).result(PATIENCE) == [1]
+    (replaced,) = [weights for replica in pool.replicas for weights in replica.older if weights is not None]
+    assert torch.equal(dict(replaced)["w"], torch.zeros(3, 2))  # a sync that is under way may have replaced them
+    del replaced
+    for replica in pool.replicas:
+        replica.older.clear()
     pool.policy.before_change(None)  # type: ignore[arg-type]  # the files are the copy
     pool.sync()
     with pytest.raises(StaleSamplerError, match="version 0 only"):

@@ -7,6 +7,7 @@ processes. A process is killed in each.
 import asyncio
 import os
 import signal
+import tempfile
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,6 +57,7 @@ def test_a_replica_of_two_processes_follows_the_trainer_and_is_replaced(
 ) -> None:
     # kernels are compiled, as on a machine's first run: that leaves semaphores in its processes
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    monkeypatch.setenv("TMPDIR", temporary := tempfile.mkdtemp())  # short: sockets have names of 107 bytes
     before = segments()  # of other runs on this machine
     with ServiceClient(BACKEND, tmp_path) as service:
         client = service.create_training_client("tiny")
@@ -73,6 +75,7 @@ def test_a_replica_of_two_processes_follows_the_trainer_and_is_replaced(
         assert [s.tokens for s in answer.result(300).sequences] == [s.tokens for s in expected]
         wait_until(lambda: not any(runs(pid) for pid in workers))
     wait_until(lambda: segments() <= before)
+    os.rmdir(temporary)  # it is empty: a killed vLLM leaves sockets
 
 
 def test_the_rl_loop_goes_on_when_one_of_two_vllm_replicas_is_killed(

@@ -74,6 +74,26 @@ else:
 """
 
 
+STARTS = """
+import os, subprocess, sys
+from posttrain.backend.left_behind import start_keeper
+start_keeper([], [], f"{sys.argv[1]}/session_*_7")
+agent = ["python", "-c", "import time; time.sleep(600)", f"{sys.argv[1]}/session_1_7/logs"]
+print(subprocess.Popen(agent, executable=sys.executable, start_new_session=True).pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_a_ray_that_was_starting_ends_with_the_process(tmp_path: Path) -> None:
+    """Its agents, which nobody knows yet, name its folder."""
+    for name in ("session_1_7", "session_1_77"):
+        (tmp_path / name / "logs").mkdir(parents=True)
+    with (tmp_path / "said").open("w") as out:
+        subprocess.run([sys.executable, "-c", STARTS, tmp_path], stdout=out, stderr=out, timeout=300)
+    agent = int((tmp_path / "said").read_text().split()[0])
+    wait_until(lambda: not runs(agent) and sorted(path.name for path in tmp_path.iterdir()) == ["said", "session_1_77"])
+
+
 @pytest.mark.parametrize(("ends", "stays"), [("closes", True), ("is killed", False)])
 def test_what_a_process_has_forked_does_not_keep_its_keeper_waiting(ends: str, stays: bool, tmp_path: Path) -> None:
     """Of multiprocessing's processes each has the pipe, at whose end the keeper would be."""

@@ -239,7 +239,7 @@ def load_adapter(trainer: TrainedModel, path: Path) -> None:
     """Loads the adapter's tensors. Layers without one begin at an update of zero and are printed."""
     assert isinstance(trainer.model, PeftModel)
     saved = saved_tensors(path)
-    live = _tensors(trainer.model)
+    live = trainer.trained.exact(_tensors(trainer.model))  # else what the optimizer steps would replace it
     missing = sorted(live.keys() - saved.keys())
     if missing:
         print(f"{path} has no adapter for {len(missing) // 2} of the layers ({missing[0]}, ...): they begin at zero")

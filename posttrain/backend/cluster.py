@@ -22,7 +22,7 @@ from posttrain.backend.errors import ConfigError, EngineError
 from posttrain.backend.futures import wait_saying
 from posttrain.backend.left_behind import remove_own, start_keeper, weight_folder
 from posttrain.backend.placement import check_gpus, check_placement, gpus_needed
-from posttrain.backend.ray_process import own_processes, ray_running, session_folders, stop_ray, visible_gpus
+from posttrain.backend.ray_process import own_processes, own_sessions, ray_running, stop_ray, visible_gpus
 
 T = TypeVar("T")
 PACKAGE = Path(__file__).resolve().parents[1]
@@ -33,7 +33,7 @@ INHERITED = (
 )
 COMPUTES = ("torch", "transformers", "peft", "safetensors", "vllm")  # packages whose versions must be those here
 CHECK_SECONDS = 120.0  # for a node's answer at the start
-PULSE = "pulse"  # the thread of an actor that says it is there, also while another call computes
+POSITION = "position"  # the thread of an actor that says where it is, also while another call computes
 
 _open: set["Cluster"] = set()
 _lock = threading.RLock()
@@ -68,14 +68,14 @@ class Cluster:
             except BaseException:
                 _stop_ray_if_unused()
                 raise
-            self._keeper = start_keeper([str(self.folder), *session_folders()], own_processes())
+            self._keeper = start_keeper([str(self.folder)], own_processes(), own_sessions())
             _open.add(self)
 
     def start(
         self, actor: type, *args: Any, bundle: int | None = None, gpus: int = 1, concurrency: int = 10_000
     ) -> Any:
         """The handle of a new actor, which may not have started yet. `bundle`: its place among the
-        reserved GPUs, ranks first. An actor of `concurrency` 1 has a thread more, for `pulse`."""
+        reserved GPUs, ranks first. An actor of `concurrency` 1 has a thread more, for `position`."""
         if self.closed:
             raise EngineError("the processes of this service were ended")
         options: dict[str, Any] = {"num_gpus": gpus if self._gpus else 0, "max_concurrency": concurrency}
@@ -90,12 +90,12 @@ class Cluster:
                 f"another process needs {gpus} GPUs, and the cluster has {free:g} free: end what uses the others"
             )
         options["runtime_env"] = {"env_vars": self._environment()}
-        groups: dict[str, Any] = {"concurrency_groups": {PULSE: 1}} if concurrency == 1 else {}
+        groups: dict[str, Any] = {"concurrency_groups": {POSITION: 1}} if concurrency == 1 else {}
         return self._ray.remote(num_cpus=0, **groups)(actor).options(**options).remote(*args)
 
-    def pulse(self, handle: Any) -> "Future[None]":
-        """Done when the actor has answered that it is there: its process runs, and is reached."""
-        return future_of(handle.is_there.options(concurrency_group=PULSE).remote())
+    def position(self, handle: Any) -> "Future[Any]":
+        """Done when the actor has answered where it is: its process runs, and is reached."""
+        return future_of(handle.position.options(concurrency_group=POSITION).remote())
 
     def put(self, item: Any) -> Any:
         """A reference to `item`, which is serialised once however many processes read it."""

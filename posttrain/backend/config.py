@@ -164,7 +164,7 @@ class BackendConfig:
         default=600.0,
         validator=POSITIVE,
         doc="seconds after which a replica that has requests but decodes nothing is killed, and a rank that does not "
-        "answer with all others; and that a process may take to start",
+        "answer, or stands at a line of its loss, with all others; and that a process may take to start",
     )
 
 

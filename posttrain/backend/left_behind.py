@@ -69,7 +69,7 @@ def remove_own(folder: Path) -> None:
 
 
 def remove(folder: "str | Path") -> None:
-    """Also the shared memory that processes have noted there (`note_shared_memory`)."""
+    """Also what processes have noted there (`note_shared_memory`, `note_temporary_folder`)."""
     import glob
     import os
     import shutil
@@ -77,8 +77,20 @@ def remove(folder: "str | Path") -> None:
     for note in glob.glob(f"{glob.escape(str(folder))}/*.segments"):
         with open(note) as lines:
             for path in [path for line in lines.read().splitlines() for path in glob.glob(line)]:
-                os.remove(path)
+                shutil.rmtree(path, ignore_errors=True) if os.path.isdir(path) else os.remove(path)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def note_temporary_folder(note: Path) -> None:
+    """A folder of its own for the temporary files of this process and its children, which is written down: vLLM
+    leaves sockets and a file store in it after a SIGKILL, by which Ray ends a process. Compiled kernels stay where
+    other processes find them."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache_dir()
+    tempfile.tempdir = os.environ["TMPDIR"] = tempfile.mkdtemp(prefix="posttrain-")
+    with note.open("a") as file:
+        file.write(f"{glob.escape(tempfile.tempdir)}\n")
 
 
 def note_semaphores(note: Path) -> None:
@@ -86,7 +98,8 @@ def note_semaphores(note: Path) -> None:
     writes it down. Nobody else can remove them: Ray kills Python's resource tracker as well."""
     prefix = f"mp-{secrets.token_hex(4)}"
     multiprocessing.current_process()._config["semprefix"] = f"/{prefix}"  # type: ignore[attr-defined]
-    note.write_text(f"/dev/shm/sem.{prefix}-*\n")
+    with note.open("a") as file:
+        file.write(f"/dev/shm/sem.{prefix}-*\n")
 
 
 def note_shared_memory(note: Path) -> None:
@@ -118,9 +131,9 @@ def _family(pid: int) -> list[int]:
 KEEPER = (
     f"{inspect.getsource(remove)}"
     + """
-import os, select, signal, sys, time
-parent, folders = int(sys.argv[1]), sys.argv[2].split(os.pathsep)
-started = {int(pid) for pid in sys.argv[3:]}
+import glob, os, select, signal, sys, time
+parent, folders, sessions = int(sys.argv[1]), [*filter(None, sys.argv[2].split(os.pathsep))], sys.argv[3]
+started = {int(pid) for pid in sys.argv[4:]}
 
 def word():
     said = b""
@@ -143,14 +156,17 @@ def status(pid):  # state, parent, process group
 def alive(pid):
     return status(pid)[0] not in "XZ"
 
-def is_ray(pid):  # a dead process's number may belong to another by now
+def command(pid):
     try:
-        return b"ray" in open(f"/proc/{pid}/cmdline", "rb").read()
+        return open(f"/proc/{pid}/cmdline", "rb").read()
     except OSError:
-        return False
+        return b""
+
+def all_processes():
+    return map(int, filter(str.isdigit, os.listdir("/proc")))
 
 def add_children(family):
-    for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+    for pid in all_processes():
         if pid not in family and family & set(map(int, status(pid)[1:])):
             family.add(pid)
             add_children(family)
@@ -162,7 +178,11 @@ if (said := word()) != b"closed":
         print(text, file=sys.stderr, flush=True)
     family = set(started)
     add_children(family)
-    family = {pid for pid in family if alive(pid) and (pid not in started or is_ray(pid))}
+    # a dead process's number may belong to another by now
+    family = {pid for pid in family if alive(pid) and (pid not in started or b"ray" in command(pid))}
+    for session in glob.glob(sessions):
+        folders.append(session)
+        family |= {pid for pid in all_processes() if os.fsencode(session) in command(pid)}
     for number, seconds in ((signal.SIGTERM, 2), (signal.SIGKILL, 5)):
         for pid in family:
             try:
@@ -178,8 +198,10 @@ if (said := word()) != b"closed":
 )
 
 
-def start_keeper(folders: list[str], pids: list[int]) -> "subprocess.Popen[bytes]":
-    command = [sys.executable, "-S", "-c", KEEPER, str(os.getpid()), os.pathsep.join(folders), *map(str, pids)]
+def start_keeper(folders: list[str], pids: list[int], sessions: str = "") -> "subprocess.Popen[bytes]":
+    """`sessions`: a pattern, with *, for the folders of a Ray whose processes name them: not all are there yet."""
+    said = (str(os.getpid()), os.pathsep.join(folders), sessions)
+    command = [sys.executable, "-S", "-c", KEEPER, *said, *map(str, pids)]
     keeper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     atexit.register(_exits, keeper)
     return keeper

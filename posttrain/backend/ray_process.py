@@ -22,6 +22,7 @@ import torch
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, EngineError
 from posttrain.backend.futures import wait_saying
+from posttrain.backend.left_behind import start_keeper
 
 RAY_ENVIRONMENT = {
     # Ray hides a process's GPU from actors that ask for none, warns about it, and reports usage.
@@ -83,6 +84,7 @@ def _start_here(init: Callable[[], object]) -> threading.Event:
     before the run has saved."""
     from ray._private import services
 
+    keeper = start_keeper([], [], own_sessions())
     ask, popen = services.get_node, services.ConsolePopen
     for left in (2, 1, 0):
         started: list[Any] = []
@@ -103,7 +105,9 @@ def _start_here(init: Callable[[], object]) -> threading.Event:
 
         try:
             with patch.object(services, "get_node", get_node), patch.object(services, "ConsolePopen", apart):
-                return _in_lasting_thread(init)
+                ended = _in_lasting_thread(init)
+            keeper.communicate(b"closed")
+            return ended
         except Exception as error:  # of any type
             _remove_sessions()
             if not left:
@@ -114,11 +118,16 @@ def _start_here(init: Callable[[], object]) -> threading.Event:
     raise AssertionError
 
 
-def _remove_sessions() -> None:
-    """The folders of Rays whose start here has failed."""
+def own_sessions() -> str:
+    """A pattern for the folders of Rays that this process starts."""
     from ray._common.utils import get_default_ray_temp_dir
 
-    for folder in glob.glob(f"{get_default_ray_temp_dir()}/session_*_{os.getpid()}"):
+    return f"{get_default_ray_temp_dir()}/session_*_{os.getpid()}"
+
+
+def _remove_sessions() -> None:
+    """The folders of Rays whose start here has failed."""
+    for folder in glob.glob(own_sessions()):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -17,7 +17,7 @@ from posttrain.backend.cluster import Cluster, ProcessLost, future_of
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.engine import Engine, EngineThread, SequenceRequest
 from posttrain.backend.errors import EngineError
-from posttrain.backend.left_behind import note_semaphores, note_shared_memory
+from posttrain.backend.left_behind import note_semaphores, note_shared_memory, note_temporary_folder
 from posttrain.backend.new_engine import new_engine
 from posttrain.backend.types import SampleResponse
 from posttrain.backend.weight_files import FileWeights
@@ -56,6 +56,7 @@ class SamplerActor:
             engine.step, engine.load_weights = counted, timed  # type: ignore[method-assign]
             return engine
 
+        note_temporary_folder(note)
         if config.tensor_parallel > 1:
             note_semaphores(note)
         self._engine = await asyncio.to_thread(EngineThread, make, False)
@@ -67,11 +68,17 @@ class SamplerActor:
     ) -> SampleResponse:
         if self._policy.newest is None:
             raise EngineError("this replica has no weights yet")
-        version = None if number is None else self._version(number, weights)
+        version, let_go = None if number is None else self._version(number, weights), None
+        if version is not None and weights is not None:
+            let_go = version.hold(self)
+            version.lives_in(weights)  # again: a sync may have dropped them
         try:
             return await self._engine.submit(self, requests, self._policy, version, keep, lambda response: response)
         except EngineError as error:
             raise self._lost(error) from error
+        finally:
+            if let_go is not None:
+                let_go()
 
     async def sync(self, number: int, weights: FileWeights) -> float:
         """Seconds of loading, in which nothing is decoded."""

@@ -38,7 +38,7 @@ class Replica(Protocol):
     def sample(
         self, requests: list[SequenceRequest], number: int | None, weights: FileWeights | None, keep: bool
     ) -> "Future[SampleResponse]":
-        """Of version `number`, None = its newest. `weights` of a version that is not the newest."""
+        """Of version `number`, None = its newest. `weights` of a version that may not be the replica's newest."""
         ...
 
     def withdraw(self, answer: "Future[SampleResponse]") -> None: ...
@@ -246,13 +246,15 @@ class SamplerPool:
             place.moved, place.span = time.monotonic(), self._spans.begin("sampling", self._name(place))
         call.place, call.tries = place, call.tries + 1
         place.calls.add(call)
-        version, older = call.version, None
+        version, weights = call.version, None
         if version is not None and version is not call.policy.newest:
             kept: list[Any] = []
             version.load(kept.append)
-            older = kept[0] if kept else None
+            weights = kept[0] if kept else None
+        elif version is not None and call.keep:  # a sync that is under way may have replaced it in the replica
+            weights = version.files
         requests = [replace(request, on_tokens=None) for request in call.requests]
-        call.sent = place.replica.sample(requests, version.number if version else None, older, call.keep)
+        call.sent = place.replica.sample(requests, version.number if version else None, weights, call.keep)
         call.sent.add_done_callback(partial(self._answered, call, place, place.replica))
 
     def _send_waiting(self) -> None:

@@ -193,10 +193,12 @@ class ShardedTrainer(Trainer):
 
     def _grad_norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
         if not self.shards:
-            flat = torch.cat([grad.flatten() for grad in grads])
-            dist.all_reduce(flat)
-            for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
-                grad.copy_(summed.view_as(grad))
+            for device in dict.fromkeys(grad.device for grad in grads):  # offloaded, but for a scalar head
+                there = [grad for grad in grads if grad.device == device]
+                flat = torch.cat([grad.flatten() for grad in there])
+                dist.all_reduce(flat)
+                for grad, summed in zip(there, flat.split([grad.numel() for grad in there]), strict=True):
+                    grad.copy_(summed.view_as(grad))
             return super()._grad_norm(grads)
         squares = nn.utils.get_total_norm([ranks.local(grad) for grad in grads]).square()
         dist.all_reduce(squares)

@@ -26,7 +26,7 @@ from posttrain.backend.futures import SAY_AFTER_SECONDS
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.losses import LossFn
 from posttrain.backend.spans import Spans
-from posttrain.backend.trainer_rank import TrainerRank
+from posttrain.backend.trainer_rank import Position, TrainerRank
 from posttrain.backend.types import (
     AdamParams,
     Datum,
@@ -41,6 +41,7 @@ from posttrain.backend.weight_versions import WeightCopy
 # Seconds in which all ranks follow one that raised. Longer, and they wait for it in a collective call.
 FOLLOW_SECONDS = 60.0
 LOOK_SECONDS = 15.0  # between questions whether the ranks of a long call are there
+COMPUTES = 0.1  # least share of a processor that a rank takes which does not stand still
 # Kinds of the calls that are no pass or step.
 SPANS = {"publish": "publish", "save_state": "save", "save_policy": "save", "load_state": "save"}
 
@@ -59,7 +60,7 @@ class TrainerRanks:
         self._lock = threading.Lock()
         self._submitting: int | None = None  # the thread that holds the lock
         self._looking = threading.Lock()
-        self._silences: dict[int, _Silence] = {}  # of each rank, since it was last asked
+        self._watches: dict[int, _Watch] = {}  # of each rank
         count = config.trainer_processes
         self._handles = [
             cluster.start(TrainerRank, rank, count, config, bundle=rank, concurrency=1) for rank in range(count)
@@ -147,22 +148,34 @@ class TrainerRanks:
                     self._looking.release()
 
     def _look(self) -> None:
-        """Names a rank that does not even say that it is there, as one that was stopped or is on a node that cannot
-        be reached: the others wait for it, which torch ends after half an hour. All are ended after `call_seconds`."""
-        limit = self.cluster.config.call_seconds
+        """Names a rank that does not even say where it is, as one that was stopped or is on a node that cannot be
+        reached, and one that stands at a line of a loss, or of a file's writing: the others wait for it, which torch
+        ends after half an hour. All are ended after `call_seconds`, unless it writes or reads."""
+        standing: list[tuple[int, _Watch]] = []
         for rank, handle in enumerate(self._handles):
-            silence = self._silences.get(rank)
-            if silence is None or silence.pulse.done():
-                self._silences[rank] = _Silence(self.cluster.pulse(handle), time.monotonic())
-            elif (seconds := time.monotonic() - silence.began) >= limit:
-                self._lose(f"training process {rank} has not answered for {seconds:.0f} s (backend.call_seconds)")
-            elif seconds >= SAY_AFTER_SECONDS * (silence.said + 1):
-                silence.said += 1
-                print(
-                    f"WARNING training process {rank} has not answered for {seconds:.0f} s: it stands still, or its node "
-                    f"cannot be reached. All are ended after {limit:g} s (backend.call_seconds)",
-                    flush=True,
-                )
+            watch, now = self._watches.setdefault(rank, _Watch()), time.monotonic()
+            if watch.asked is None or watch.asked.done():
+                watch.heard()
+                watch.asked, watch.since = self.cluster.position(handle), now
+                if watch.stood:
+                    standing.append((rank, watch))
+            elif (seconds := now - watch.since) >= SAY_AFTER_SECONDS:
+                what = f"has not answered for {seconds:.0f} s: it stands still, or its node cannot be reached"
+                self._warn_or_end(rank, what, seconds, watch, True)
+        for rank, watch in standing if len(standing) < len(self._handles) else []:
+            position = watch.position
+            assert position and position.method
+            what = f"has stood at {position.line} for {watch.stood:.0f} s ({position.method}), and the others wait"
+            self._warn_or_end(rank, what, watch.stood, watch, position.method.startswith("run"))
+
+    def _warn_or_end(self, rank: int, what: str, seconds: float, watch: "_Watch", ends: bool) -> None:
+        limit = self.cluster.config.call_seconds
+        if ends and seconds >= limit:
+            self._lose(f"training process {rank} {what} (backend.call_seconds={limit:g})")
+        elif seconds >= SAY_AFTER_SECONDS * (watch.said + 1):
+            watch.said += 1
+            then = f". All are ended after {limit:g} s (backend.call_seconds)" if ends else ""
+            print(f"WARNING training process {rank} {what}{then}", flush=True)
 
     def _lose(self, reason: str) -> TrainerLostError:
         with self._lock:
@@ -185,10 +198,32 @@ class TrainerRanks:
 
 
 @dataclass
-class _Silence:
-    pulse: "Future[None]"
-    began: float
+class _Watch:
+    """A rank, as its answers show it."""
+
+    asked: "Future[Position] | None" = None
+    since: float = 0.0  # when it was asked
+    position: Position | None = None  # its last answer
+    stood: float = 0.0  # seconds at this line
     said: int = 0  # times
+
+    def heard(self) -> None:
+        """Takes the answer in. A rank stands that is at the same line of the same call, without computing."""
+        before, self.position = self.position, None
+        if self.asked is not None and not self.asked.exception():
+            self.position = self.asked.result()
+        if (seconds := _stood(before, self.position)) is None:
+            self.stood, self.said = 0.0, 0
+        else:
+            self.stood += seconds
+
+
+def _stood(before: Position | None, now: Position | None) -> float | None:
+    """Seconds between two answers of a rank that stands."""
+    if before is None or now is None or now.line is None or (before.call, before.line) != (now.call, now.line):
+        return None
+    seconds = now.seconds - before.seconds
+    return seconds if now.processor_seconds - before.processor_seconds < seconds * COMPUTES else None
 
 
 class TrainerGroup:

@@ -9,9 +9,14 @@ import pickle
 import socket
 import struct
 import sys
+import sysconfig
+import threading
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
 from posttrain.backend import ranks
@@ -24,17 +29,35 @@ from posttrain.backend.weight_files import write_shard
 
 SIOCGIFADDR = 0x8915  # of Linux: an interface's address
 KINDS = {"language": ShardedTrainer, "scalar": ShardedScalarTrainer}
+TORCH, SITE_PACKAGES = os.path.dirname(torch.__file__), sysconfig.get_path("purelib")
+STANDARD_LIBRARY = (sysconfig.get_path("stdlib"), "<frozen ")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a rank is: in which call since its start, and a trainer's method in it, None for other calls and between
+    two; at which line, None within torch, where it computes or waits for other ranks. Seconds of this process's clock
+    and of its processor time."""
+
+    call: int
+    method: str | None
+    line: str | None
+    seconds: float
+    processor_seconds: float
 
 
 class TrainerRank:
     def __init__(self, rank: int, count: int, config: BackendConfig):
         self._rank, self._count, self._config = rank, count, config
         self._trainers: dict[int, ShardedTrainer] = {}
+        self._calls, self._method, self._thread = 0, None, 0
         if rank:  # all print the same
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
-    def is_there(self) -> None:
+    def position(self) -> Position:
         """Answered also while another call computes, or waits for other ranks."""
+        line = line_of(self._thread) if self._method else None
+        return Position(self._calls, self._method, line, time.monotonic(), time.process_time())
 
     def serve_store(self) -> tuple[str, int]:
         """Host and port at which the ranks find each other; the first rank's. The port is bound
@@ -69,7 +92,11 @@ class TrainerRank:
     def call(self, number: int, method: str, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> bytes:
         """The first rank's result, pickled: arrays that Ray unpickles are read-only."""
         positional, keywords = arguments
-        result = getattr(self._trainers[number], method)(*positional, **keywords)
+        self._calls, self._method, self._thread = self._calls + 1, method, threading.get_ident()
+        try:
+            result = getattr(self._trainers[number], method)(*positional, **keywords)
+        finally:
+            self._method = None
         return pickle.dumps(result if self._rank == 0 else None)
 
     def publish(self, number: int, folder: Path) -> None:
@@ -79,6 +106,17 @@ class TrainerRank:
 
     def drop(self, number: int) -> None:
         self._trainers.pop(number, None)
+
+
+def line_of(thread: int) -> str | None:
+    """The line at which a thread of this process is, in the code that calls Python's library; None within torch."""
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        file = frame.f_code.co_filename
+        if file.startswith(SITE_PACKAGES) or not file.startswith(STANDARD_LIBRARY):
+            return None if file.startswith(TORCH) else f"{file}:{frame.f_lineno} in {frame.f_code.co_name}"
+        frame = frame.f_back
+    return None
 
 
 def interface_of(address: str) -> str | None:

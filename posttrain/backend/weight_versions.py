@@ -9,7 +9,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -94,6 +94,11 @@ class WeightVersion:
     @property
     def can_be_loaded(self) -> bool:
         return self._weights is not None
+
+    @property
+    def files(self) -> Any:
+        """In which it was published; None without replicas, and once the weights are gone."""
+        return self._files
 
     def load(self, load_weights: Callable[[Weights], None]) -> bool:
         """False if the weights are gone: another thread may drop them at any time."""
