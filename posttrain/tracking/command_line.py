@@ -55,6 +55,7 @@ USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("checkpoint", "init_from"), ("load_checkpoint_path",)),
     **dict.fromkeys(("resume", "overwrite"), ("behavior_if_log_dir_exists",)),
     **dict.fromkeys(("temp",), ("temperature",)),
+    "backend.weight_sync": ("backend.sync_dir",),  # of earlier versions: files are the only way
 }
 
 
