@@ -10,6 +10,7 @@ import chz
 import pytest
 import torch
 
+from envs.interleaved import InterleavedBuilder
 from envs.problem import Grade, Grader, GraderError, Problem, ProblemSet, Split, check_apart
 from envs.rewards import correct_answer
 from envs.single_turn import SingleTurn
@@ -28,7 +29,7 @@ from rl.names import ENVS
 from rl.rollouts import RolloutLimits, do_group_rollout
 from rl.types import Env, EnvGroupBuilder, MalformedStep, RLDatasetBuilder, StepResult, TokensWithLogprobs
 from supervised import train as sft
-from supervised.data import ChatDatasetBuilder, HuggingFaceBuilder
+from supervised.data import ChatDatasetBuilder, HuggingFaceBuilder, MixtureBuilder
 from supervised.evaluators import EvaluatorBuilder, EvaluatorList
 from supervised.names import DATASETS
 from supervised.nll import nll_means, nll_sums
@@ -104,6 +105,7 @@ def test_a_supervised_builder_that_returns_no_data_sets_is_named(tmp_path: Path)
         (OddExamples(returns=([datum(PROMPT)], None)), "not a data set: it has no get_batch"),
         (OddExamples(returns=(good, "test")), "OddExamples returned 'test', which is not a data set"),
         (AsyncExamples(), "AsyncExamples.__call__ is an `async def`"),
+        (MixtureBuilder(builders=[OddExamples()]), "OddExamples returned None, not a training set"),
     ]:
         with pytest.raises(DataError, match=message):
             datasets_of(builder, config.renderer())
@@ -176,6 +178,7 @@ def test_a_builder_of_environments_is_checked_in_training_evaluation_and_play(tm
         (SyncTasks(), "SyncTasks.__call__ must be an `async def`"),
         (OddTasks(), "OddTasks returned None, not a training set and a held-out set"),
         (OddTasks(returns=(None, None)), "OddTasks returned None, which is not an RLDataset"),
+        (InterleavedBuilder(builders=[OddTasks()]), "OddTasks returned None, not a training set"),
     ]:
         for use in (trained, evaluated, played):
             with pytest.raises(DataError, match=message):
