@@ -149,6 +149,15 @@ def test_a_run_that_is_not_in_its_folder_is_not_only_looked_for_on_the_hub(
         parse(evaluate.Config, ["env=arithmetic"], {"env": ENVS})
 
 
+def test_a_module_that_lacks_a_package_is_not_looked_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "lacking_envs.py").write_text("import no_such_package.part\n")
+    with pytest.raises(ConfigError, match="no_such_package is neither installed nor in the current folder"):
+        parse(evaluate.Config, ["models=micro", "env=lacking_envs:Builder"], {"env": ENVS})
+
+
 @chz.chz
 class SyncTasks(RLDatasetBuilder):
     def __call__(self, renderer: Renderer) -> Any:
