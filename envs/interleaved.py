@@ -14,6 +14,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import POSITIVE
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.datasets import held_out
+from rl import step_checks
 from rl.evaluators import all_groups
 from rl.names import ENVS
 from rl.types import EnvGroupBuilder, RLDataset, RLDatasetBuilder
@@ -70,7 +71,8 @@ class InterleavedBuilder(RLDatasetBuilder):
             for name, value in common.items():
                 if (given := getattr(builder, name)) not in (chz.chz_fields(builder)[name]._default, value):
                     raise ConfigError(f"builders.{i}.{name}={given}: set env.{name} instead: it holds for all")
-            dataset, test = await chz.replace(builder, **{**common, "batch_size": count})(renderer)
+            of_this = chz.replace(builder, **{**common, "batch_size": count})
+            dataset, test = await step_checks.datasets(of_this, renderer)
             train.append(dataset)
             tests += all_groups(test) if test else []
         return InterleavedDataset(train), held_out(tests, self.batch_size)

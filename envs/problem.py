@@ -6,7 +6,7 @@ code.py).
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
@@ -59,7 +59,9 @@ class Grader:
         answer = self.extract(text)
         if answer is None:
             return Grade(None, False)
-        return Grade(self.vote(answer), bool(await _result(self.is_right(answer, gold))))
+        if not isinstance(answer, str):  # which equals no gold answer
+            raise GraderError(f"{type(self).__name__}.extract returned {answer!r:.80}, neither a text nor None")
+        return Grade(self.vote(answer), bool(await awaited(self.is_right(answer, gold))))
 
     def shown(self, text: str) -> str:
         """The answer as the transcript shows it."""
@@ -72,7 +74,8 @@ class Grader:
 
 @dataclass(frozen=True)
 class Problem:
-    """`solution` is a worked one with the answer. `id` is the row or place the problem came from."""
+    """`solution` is a worked one with the answer. `id` is the row or place the problem came from.
+    DataError for a question or gold answer that is no text, and a grader that is no Grader."""
 
     question: str
     gold: str
@@ -80,6 +83,12 @@ class Problem:
     solution: str | None = None
     tags: tuple[str, ...] = ()
     id: str = ""
+
+    def __post_init__(self) -> None:
+        for name, kind in (("question", str), ("gold", str), ("grader", Grader)):
+            if not isinstance(value := getattr(self, name), kind):
+                wanted = "a text" if kind is str else "an object of Grader"
+                raise DataError(f"Problem {self.id or repr(self.question)[:80]}: {name}={value!r:.80} is not {wanted}")
 
     def messages(self, prefix: Sequence[Message] = ()) -> list[Message]:
         """The question and the worked solution, to imitate."""
@@ -93,7 +102,7 @@ class Problem:
 
     async def graded(self, text: str) -> Grade:
         """The grader's verdict. GraderError if it gives anything else."""
-        grade = await _result(self.grader.grade(text, self.gold))
+        grade = await awaited(self.grader.grade(text, self.gold))
         if not isinstance(grade, Grade):
             raise GraderError(
                 f"{type(self.grader).__name__}.grade returned {grade!r:.100}, not a Grade(answer, correct, credit)"
@@ -111,7 +120,7 @@ class Problem:
         return value, metrics | grade.metrics | self.grader.describe(text), logs | grade.logs
 
 
-async def _result(result: Any) -> Any:
+async def awaited(result: Any) -> Any:
     return await result if inspect.isawaitable(result) else result
 
 
@@ -120,9 +129,10 @@ def check_apart(train: Sequence[Problem], test: Sequence[Problem], name: str = "
     held_out = {problem.question: problem for problem in test}
     if both := [problem for problem in train if problem.question in held_out]:
         first, twin = both[0], held_out[both[0].question]
+        places = f"{first.id} (as {twin.id}): " if first.id or twin.id else ""
         raise DataError(
-            f"{len(both)} {name} problems are in the test set too, first {first.id} (as {twin.id}): "
-            f"{first.question[:80]!r}; remove them from one of the sets"
+            f"{len(both)} {name} problems are in the test set too, first {places}{first.question[:80]!r}; remove them from "
+            "one of the sets"
         )
 
 
@@ -159,8 +169,18 @@ class ProblemSet:
         """The problems in the first `limit` rows of "train" or "test"; [] without a test split."""
         raise NotImplementedError
 
+    def problems_of(self, split: Split, limit: int | None) -> list[Problem]:
+        """Those that `read` returns. DataError for anything else."""
+        result: Any = self.read(split, limit)
+        problems = list(result) if isinstance(result, Iterable) else None
+        if problems is None or not all(isinstance(problem, Problem) for problem in problems):
+            raise DataError(
+                f"{type(self).__name__}.read({split!r}, ...) returned {result!r:.100}, not a list of Problems"
+            )
+        return problems
+
     def splits(self) -> tuple[list[Problem], list[Problem]]:
         """Training and test problems. Raises DataError where a question is in both."""
-        train, test = self.read("train", self.num_train), self.read("test", self.num_test)
+        train, test = self.problems_of("train", self.num_train), self.problems_of("test", self.num_test)
         check_apart(train, test)
         return train, test

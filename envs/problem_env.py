@@ -188,8 +188,10 @@ class ProblemSetBuilder(ProblemSet, RLDatasetBuilder):
 
     async def test_set(self, renderer: Renderer) -> RLDataset | None:
         """Reads no training problems but those of `few_shot`."""
-        examples = self.read("train", self.few_shot) if self.few_shot else []
-        test, shown = (apply_template(self.prompt_template, p) for p in (self.read("test", self.num_test), examples))
+        examples = self.problems_of("train", self.few_shot) if self.few_shot else []
+        test, shown = (
+            apply_template(self.prompt_template, p) for p in (self.problems_of("test", self.num_test), examples)
+        )
         return held_out(self.groups(test, renderer, 1, "test", self._prefix(shown)), self.batch_size)
 
     def _prefix(self, examples: Sequence[Problem]) -> list[Message]:

@@ -6,7 +6,7 @@ reward/NAME. A reward that fails is a failed rollout, never 0.
 """
 
 import asyncio
-import inspect
+import traceback
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import chz
 
 from envs.pairwise import Matchups, wins_minus_losses
-from envs.problem import Problem
+from envs.problem import Problem, awaited
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import LARGEST_COUNT, NUMBER, Range
 from posttrain.renderers.types import Message
@@ -152,6 +152,8 @@ def as_reward(reward: Reward | RewardFunction, name: str | None = None) -> Rewar
 
 def as_rewards(rewards: Sequence[Reward | RewardFunction]) -> list[Reward]:
     """ConfigError unless there is one, and names differ."""
+    if not isinstance(rewards, Sequence) or isinstance(rewards, str):
+        raise ConfigError(f"rewards={rewards!r:.80}: a list of rewards is needed, as [correct_answer]")
     named = [as_reward(reward) for reward in rewards]
     names = [reward.name for reward in named]
     if not named:
@@ -190,12 +192,13 @@ def finished(answer: Answer) -> float:
 async def called(what: str, function: Callable[..., Any], *arguments: object) -> Any:
     """The function's result, awaited if it is async. RewardError, with `what`, if it raises."""
     try:
-        result = function(*arguments)
-        return await result if inspect.isawaitable(result) else result
+        return await awaited(function(*arguments))
     except (RolloutError, asyncio.CancelledError):
         raise
     except Exception as error:
-        raise RewardError(f"{what} raised {type(error).__name__}: {error}") from error
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        text = f"{what} raised {type(error).__name__}: {error} ({place.filename}:{place.lineno})"
+        raise RewardError(text) from error
 
 
 def finite(what: str, value: object) -> float:

@@ -116,7 +116,7 @@ class LabelModel(PreferenceModel):
             raise ContextLengthError(
                 f"a comparison has {longest} tokens, the label model's context {limit}: shorten the answers"
             )
-        output = await self.client.forward(data_D, "cross_entropy")
+        output = await self.client.forward(data_D, "cross_entropy", all_logprobs=False)
         probabilities_DK = np.exp([out["logprobs"].array[-1] for out in output.loss_fn_outputs])
         if (mass := probabilities_DK.sum(-1).min()) < self.min_label_mass:
             raise JudgeError(

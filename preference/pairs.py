@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
@@ -20,6 +20,9 @@ from preference.losses import PairLogprobs
 from preference.types import LabeledComparison, Ties
 from supervised.data import offering
 from supervised.examples import Examples, by_processes
+
+if TYPE_CHECKING:  # commands answer before the clients are imported
+    from posttrain.backend.training_client import TrainingClient
 
 
 @dataclass(frozen=True)
@@ -160,6 +163,12 @@ def micro_batches_of_pairs(pairs: Sequence[Pair], token_budget: int) -> list[lis
             batches.append([])
         batches[-1].append(pair)
     return batches
+
+
+async def weighted_logprobs(client: "TrainingClient", data_D: Sequence[Datum]) -> list[torch.Tensor]:
+    """(T,) token logprobs by one forward pass without gradient, 0 at tokens of weight 0."""
+    output = await client.forward(data_D, "cross_entropy", all_logprobs=False)
+    return [out["logprobs"].to_torch().nan_to_num() for out in output.loss_fn_outputs]
 
 
 def sequence_logprobs(data_D: Sequence[Datum], logprobs_D: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -18,7 +18,7 @@ from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum
 from posttrain.tracking.jsonl import append_jsonl, drop_torn_line, read_jsonl
 from posttrain.tracking.progress import counted
-from preference.pairs import Pair, Referenced, as_data, sequence_logprobs
+from preference.pairs import Pair, Referenced, as_data, sequence_logprobs, weighted_logprobs
 
 CHUNK = 256  # answers per forward call, and per append to the file
 TOLERANCE = 1e-4  # relative: other threads or another machine change the last digits
@@ -57,8 +57,7 @@ async def with_reference(
 
 async def answer_logprobs(client: TrainingClient, data_D: Sequence[Datum]) -> list[float]:
     """Sums over the answers' tokens, by one forward pass without gradient."""
-    outputs = (await client.forward(data_D, "cross_entropy")).loss_fn_outputs
-    return sequence_logprobs(data_D, [output["logprobs"].to_torch() for output in outputs]).tolist()
+    return sequence_logprobs(data_D, await weighted_logprobs(client, data_D)).tolist()
 
 
 def read_reference(file: Path, reference: dict[str, Any]) -> dict[str, float]:

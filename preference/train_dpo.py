@@ -5,7 +5,6 @@ its logprobs are computed once, before the first step. Left out: sampling new an
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from preference.pairs import (
     pair_logprobs,
     render_pairs,
     sequence_logprobs,
+    weighted_logprobs,
 )
 from preference.reference import with_reference
 from supervised.examples import Joined, Ordered
@@ -105,8 +105,8 @@ class PreferenceObjective:
 
     def metrics(self, batch: list[Pair], outputs: Sequence[ForwardBackwardOutput]) -> Metrics:
         pairs = [pair for part in micro_batches_of_pairs(batch, self.micro_batch_tokens) for pair in part]
-        outputs_D = [output_D for output in outputs for output_D in output.loss_fn_outputs]
-        return _metrics(self.loss, pairs, outputs_D) | {"num_pairs": len(batch)}
+        logprobs_D = [out["logprobs"].to_torch() for output in outputs for out in output.loss_fn_outputs]
+        return _metrics(self.loss, pairs, logprobs_D) | {"num_pairs": len(batch)}
 
     def _share_of_mean(
         self, pairs: Sequence[Pair], num_pairs: int, data_D: list[Datum], logprobs_D: list[torch.Tensor]
@@ -117,10 +117,9 @@ class PreferenceObjective:
 
 async def evaluate_pairs(client: TrainingClient, loss: PreferenceLoss, pairs: Sequence[Pair]) -> Metrics:
     """Metrics of held-out pairs: one forward pass, no gradient."""
-    outputs_D = (await client.forward(as_data(pairs), "cross_entropy")).loss_fn_outputs
-    return {f"test/{key}": value for key, value in _metrics(loss, pairs, outputs_D).items()}
+    logprobs_D = await weighted_logprobs(client, as_data(pairs))
+    return {f"test/{key}": value for key, value in _metrics(loss, pairs, logprobs_D).items()}
 
 
-def _metrics(loss: PreferenceLoss, pairs: Sequence[Pair], outputs_D: Sequence[dict[str, Any]]) -> Metrics:
-    logprobs_D = [output["logprobs"].to_torch() for output in outputs_D]
+def _metrics(loss: PreferenceLoss, pairs: Sequence[Pair], logprobs_D: Sequence[torch.Tensor]) -> Metrics:
     return pair_metrics(loss, pair_logprobs(pairs, sequence_logprobs(as_data(pairs), logprobs_D)))

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Sequence
 
-from rl.sample_metrics import T_975
+from rl.sample_metrics import t_975
 
 
 def mean_and_margin(values_S: Sequence[float]) -> tuple[float, float]:
@@ -12,5 +12,4 @@ def mean_and_margin(values_S: Sequence[float]) -> tuple[float, float]:
     mean = statistics.mean(values_S)
     if len(values_S) < 2:
         return mean, math.nan
-    quantile = T_975[min(len(values_S) - 1, len(T_975)) - 1]
-    return mean, quantile * statistics.stdev(values_S) / math.sqrt(len(values_S))
+    return mean, t_975(len(values_S)) * statistics.stdev(values_S) / math.sqrt(len(values_S))

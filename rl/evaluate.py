@@ -51,7 +51,7 @@ from rl.evaluators import all_groups, merged
 from rl.names import BENCHMARKS, ENVS
 from rl.rollout_state import group_from_json, group_to_json
 from rl.rollouts import Policy, RolloutLimits, check_failures, do_group_rollout, raise_first
-from rl.step_checks import beyond_context
+from rl.step_checks import beyond_context, held_out
 from rl.types import EnvGroupBuilder, RLDatasetBuilder, TrajectoryGroup
 
 
@@ -164,10 +164,7 @@ async def _evaluate(config: Config, model: ModelSource, label: str) -> Evaluated
     folder = Path(config.log_path) / label
     renderer_name = config.renderer_name or model.renderer_name
     renderer = get_renderer(renderer_name, load_tokenizer(str(model.folder or model.name), config.backend.max_length))
-    test = await config.env.test_set(renderer)
-    if test is None:
-        raise ConfigError(f"{type(config.env).__name__} has no held-out problems with these settings")
-    builders_P = all_groups(test)[: config.num_problems]
+    builders_P = all_groups(await held_out(config.env, renderer))[: config.num_problems]
     max_tokens = config.max_tokens or config.env.recommended_max_tokens()
     if notice := beyond_context(max_tokens, renderer.tokenizer):
         print(f"WARNING {label}: {notice}", flush=True)

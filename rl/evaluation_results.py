@@ -9,14 +9,13 @@ from dataclasses import dataclass
 
 from rl.evaluators import sample_values
 from rl.metrics import mean_by_key
-from rl.sample_metrics import T_975, mean_and_stderr, paired_difference, ratio_values
+from rl.sample_metrics import mean_and_stderr, paired_difference, ratio_values, t_975
 from rl.types import Trajectory, TrajectoryGroup
 
 Values = Mapping[str, Sequence[float | None]]  # metric -> its value for each problem, None where it is missing
 Ratios = Mapping[str, tuple[str, str]]  # metric -> the two whose sums over problems it divides
 FIRST = ("correct", "pass@", "maj@", "reward", "best@")  # in a table
 ROUNDING = 1e-12  # a smaller standard error is that of equal values
-INTERVAL = 1.96  # standard errors of a 95 % interval of more problems than Student's t is known for
 
 
 @dataclass(frozen=True)
@@ -122,11 +121,10 @@ def _of_both(values: Values, others: Values, ratios: Ratios) -> Values:
 
 
 def interval_text(difference: Estimate) -> str:
-    """The difference with its 95 % interval; of few problems by Student's t."""
+    """The difference with its 95 % interval."""
     if not difference.stderr >= 0:
         return f"{difference.mean:+.3g}"
-    few = difference.problems - 1 <= len(T_975)
-    margin = (T_975[difference.problems - 2] if few else INTERVAL) * difference.stderr
+    margin = t_975(difference.problems) * difference.stderr
     return f"{difference.mean:+.3g} [{difference.mean - margin:+.3g}, {difference.mean + margin:+.3g}]"
 
 

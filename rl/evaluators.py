@@ -62,8 +62,9 @@ class SamplesEvaluator:
     `num_samples`.
 
     pass@k and maj@k need the metric `correct` in the last turn; maj@k also the log `extracted`, or
-    `vote`, the same text for equal answers (no answer where the metric `format` is 0). best@k is the best total reward. A problem with fewer
-    than k rollouts left is out of the metrics at k; `samples_lost` counts lost rollouts.
+    `vote`, the same text for equal answers (no answer where the metric `format` is 0). best@k is the
+    best total reward. A problem with fewer than k rollouts left is out of the metrics at k;
+    `samples_lost` counts lost rollouts.
     """
 
     def __init__(
@@ -121,10 +122,7 @@ class EnvEvaluator(EvaluatorBuilder):
     limits: RolloutLimits = chz.field(default_factory=RolloutLimits, doc="limits of a rollout")
 
     async def __call__(self, renderer: Renderer) -> CustomEvaluator:
-        test = await self.env.test_set(renderer)
-        if test is None:
-            raise ConfigError(f"{self.name}: {type(self.env).__name__} has no held-out problems with these settings")
-        groups = all_groups(test)[: self.num_problems]
+        groups = all_groups(await step_checks.held_out(self.env, renderer))[: self.num_problems]
         dataset = ListDataset(groups, len(groups), shuffle=False)
         max_tokens = self.max_tokens or self.env.recommended_max_tokens()
         common = {"seed": self.seed, "name": self.name, "limits": self.limits}

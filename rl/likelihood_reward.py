@@ -46,12 +46,12 @@ def answer_datum(context: Sequence[int], answer: Sequence[int], weight: float = 
 
 async def answer_logprobs(client: TrainingClient, data_D: Sequence[Datum]) -> np.ndarray:
     """(D,) summed logprobs of the weighted tokens, under the client's current weights."""
-    return _sums(data_D, await client.forward(data_D, "cross_entropy"))
+    return _sums(data_D, await client.forward(data_D, "cross_entropy", all_logprobs=False))
 
 
 def _sums(data_D: Sequence[Datum], output: ForwardBackwardOutput) -> np.ndarray:
     pairs = zip(output.loss_fn_outputs, (datum.loss_fn_inputs["weights"].array != 0 for datum in data_D), strict=True)
-    return np.array([(out["logprobs"].array * carries_T).sum(dtype=np.float64) for out, carries_T in pairs])
+    return np.array([np.where(carries_T, out["logprobs"].array, 0).sum(dtype=np.float64) for out, carries_T in pairs])
 
 
 class LikelihoodReward(BatchReward):

@@ -41,16 +41,16 @@ async def corrected(
     """The rows with weighted advantages, and the trainer's logprobs in place of the sampler's, by
     one forward pass."""
     data_D = [row.datum() for row in rows]
-    output = await client.forward(data_D, "importance_sampling")
+    output = await client.forward(data_D, "importance_sampling", all_logprobs=False)
     metrics = compute_sampling_metrics(data_D, [out["logprobs"] for out in output.loss_fn_outputs])
     mask = np.concatenate([row.mask_T for row in rows]) > 0
     new_rows, weights = [], []
     for row, out in zip(rows, output.loss_fn_outputs, strict=True):
-        trained_T = out["logprobs"].array
+        trained_T = np.where(row.mask_T > 0, out["logprobs"].array, np.float32(0.0))
         w_T = np.exp(trained_T - row.logprobs_T)
         weight_T = correction_weights(w_T, correction)
         weights.append((w_T, weight_T))
-        new_rows.append(replace(row, advantages_T=row.advantages_T * weight_T, logprobs_T=trained_T * row.mask_T))
+        new_rows.append(replace(row, advantages_T=row.advantages_T * weight_T, logprobs_T=trained_T))
     w, weight = (np.concatenate(arrays)[mask] for arrays in zip(*weights, strict=True))
     effective = float(weight.sum() ** 2 / (len(weight) * np.square(weight).sum())) if weight.any() else 0.0
     return new_rows, metrics | {

@@ -16,13 +16,12 @@ if not __package__:
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from itertools import count
 from typing import Literal
 
 import chz
 
-from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, WHOLE
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.tokenizers import load_tokenizer
@@ -31,9 +30,9 @@ from posttrain.renderers import get_renderer
 from posttrain.renderers.turns import decode, encode, eos
 from posttrain.renderers.types import Tokenizer
 from posttrain.tracking.command_line import by_name, run_command
+from rl import step_checks
 from rl.names import ENVS
-from rl.rollouts import Policy, RolloutLimits, do_single_rollout, raise_first
-from rl.step_checks import takes_extra
+from rl.rollouts import Policy, RolloutLimits, add_group_rewards, do_single_rollout, make_envs, raise_first
 from rl.types import (
     Action,
     Env,
@@ -45,6 +44,7 @@ from rl.types import (
     RolloutError,
     StepResult,
     StopCondition,
+    TrajectoryGroup,
 )
 
 PATIENCE = 1e9  # seconds that a call may take: a person thinks, and the other seat waits
@@ -150,7 +150,9 @@ class ShownEnv(Env):
 
     async def step(self, action: Action) -> StepResult:
         step: Callable[..., Awaitable[StepResult]] = self.env.step
-        result = await step(action, **({"extra": {"stop_reason": "stop"}} if takes_extra(type(self.env)) else {}))
+        result = await step(
+            action, **({"extra": {"stop_reason": "stop"}} if step_checks.takes_extra(type(self.env)) else {})
+        )
         self.logs |= result.logs
         print(f"{self.seat}reward {result.reward:g}{_listed(result.metrics)}")
         if result.episode_done:
@@ -189,7 +191,7 @@ async def play_group(
 async def _play_group(
     builder: EnvGroupBuilder, tokenizer: Tokenizer, max_tokens: int, limits: RolloutLimits
 ) -> list[float]:
-    envs_G = await builder.make_envs()
+    envs_G = await make_envs(builder, limits)
     if builder.members_are_independent:
         for env in envs_G[1:]:
             await env.close()
@@ -205,26 +207,29 @@ async def _play_group(
             ]
     except BaseExceptionGroup as errors:
         raise_first(errors)
-    trajectories_G = [player.result() for player in players]
-    rewards_G = []
+    none = [0.0] * len(envs_G), [{} for _ in envs_G]
+    group = TrajectoryGroup([player.result() for player in players], *none, builder=builder)
     try:
-        group_rewards_G = await builder.compute_group_rewards(
-            [trajectory.copy() for trajectory in trajectories_G], envs_G
-        )
+        await add_group_rewards(group, envs_G, limits)
     except RolloutError as error:
         if len(envs_G) > 1:
             raise
         print(f"without the group's rewards, of which a single attempt has none: {error}")
-        group_rewards_G = [(0.0, {})]
-    for seat, trajectory, (reward, metrics) in zip(seats_G, trajectories_G, group_rewards_G, strict=True):
-        rewards_G.append(trajectory.reward + reward)
-        print(f"{seat}total reward {rewards_G[-1]:g}{_listed(metrics)}")
+    rewards_G = group.get_total_rewards()
+    for seat, reward, metrics in zip(seats_G, rewards_G, group.metrics_G, strict=True):
+        print(f"{seat}total reward {reward:g}{_listed(metrics)}")
     return rewards_G
 
 
 async def play(config: Config) -> None:
     tokenizer = load_tokenizer(config.model_name, config.max_length)
-    builders = _builders(config, await config.env(get_renderer(config.renderer_name, tokenizer)))
+    renderer = get_renderer(config.renderer_name, tokenizer)
+    if config.split == "train":
+        dataset, batches = (await step_checks.datasets(config.env, renderer))[0], count(config.batch)
+    else:
+        dataset = await step_checks.held_out(config.env, renderer)
+        batches = range(config.batch, len(dataset))
+    builders = (builder for batch in batches for builder in step_checks.batch(dataset, batch))
     limits = chz.replace(config.limits, env_seconds=PATIENCE, sampling_seconds=PATIENCE)
     rewards: list[float] = []
     try:
@@ -236,15 +241,6 @@ async def play(config: Config) -> None:
         pass
     mean = f", mean reward {sum(rewards) / len(rewards):g}" if rewards else ""
     print(f"{len(rewards)} episodes played{mean}")
-
-
-def _builders(config: Config, datasets: tuple) -> Iterator[EnvGroupBuilder]:
-    train, test = datasets
-    if config.split == "train":
-        return (builder for index in count(config.batch) for builder in train.get_batch(index))
-    if test is None:
-        raise ConfigError("split=test: this environment has no held-out problems")
-    return (builder for index in range(config.batch, len(test)) for builder in test.get_batch(index))
 
 
 def main() -> None:

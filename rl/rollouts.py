@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -47,6 +47,7 @@ T = TypeVar("T")
 # e.g. (run seed, step, group): determines a rollout's sampling
 Seed = tuple[int, ...]
 NO_LIMIT = 2**31
+MANY_TURNS = 1000  # of an episode, of which a line is printed
 
 
 @chz.chz
@@ -137,6 +138,8 @@ async def _episode(policy: Policy, env: Env, seed: Seed, limits: RolloutLimits, 
     for turn in count():
         if reason := _limit_met(limits, transitions, ob, started):
             return await _cut_short(env, transitions, reason, seconds, clock)
+        if turn == MANY_TURNS:
+            _say_endless(type(env).__name__)
         try:
             with clock:
                 ac = await _sample(policy, ob, stop, (*seed, turn), limits, transitions)
@@ -151,6 +154,15 @@ async def _episode(policy: Policy, env: Env, seed: Seed, limits: RolloutLimits, 
             return Trajectory(transitions)
         ob, stop = extending(transitions[-1], result.next_observation), result.next_stop_condition
     raise AssertionError("unreachable")
+
+
+@cache
+def _say_endless(name: str) -> None:
+    print(
+        f"WARNING an episode of {name} has {MANY_TURNS} turns and goes on: does `step` return episode_done=True at its "
+        "end? limits.max_turns ends it, too",
+        flush=True,
+    )
 
 
 def extending(turn: Transition, ob: Observation) -> Observation:
@@ -256,7 +268,7 @@ async def _roll_out(
 ) -> TrajectoryGroup:
     attempts = 1 if builder.members_are_independent else limits.max_retries + 1
     for attempt in range(attempts):
-        envs_G = await _make_envs(builder, limits)
+        envs_G = await make_envs(builder, limits)
         seeds_G = [(*seed, g) if attempt == 0 else (*seed, g, RETRY + attempt) for g in range(len(envs_G))]
         clock = None if builder.members_are_independent else SamplingClock()
         async with asyncio.TaskGroup() as tasks:
@@ -304,7 +316,7 @@ async def _member(
 
 async def _make_env_again(builder: EnvGroupBuilder, g: int, limits: RolloutLimits) -> Env:
     """A fresh environment for member `g`; the rest of the new environments are closed at once."""
-    envs_G = await _make_envs(builder, limits)
+    envs_G = await make_envs(builder, limits)
     for other in (*envs_G[:g], *envs_G[g + 1 :]):
         await call(step_checks.nothing, limits.env_seconds, SamplingClock(), other, "close")
     if g >= len(envs_G):
@@ -314,7 +326,7 @@ async def _make_env_again(builder: EnvGroupBuilder, g: int, limits: RolloutLimit
     return envs_G[g]
 
 
-async def _make_envs(builder: EnvGroupBuilder, limits: RolloutLimits) -> Sequence[Env]:
+async def make_envs(builder: EnvGroupBuilder, limits: RolloutLimits) -> Sequence[Env]:
     """A builder that raises or hangs ends the run, with its own exception and traceback."""
     try:
         return await _call_builder(builder, partial(step_checks.environments, builder), limits, "make_envs")
@@ -350,13 +362,13 @@ async def _score(builder: EnvGroupBuilder, members_G: Sequence[_Member], limits:
             group.trajectories_G
             and getattr(builder.compute_group_rewards, "__func__", None) is not EnvGroupBuilder.compute_group_rewards
         ):
-            await _add_group_rewards(group, [env for env, _ in alive], limits)
+            await add_group_rewards(group, [env for env, _ in alive], limits)
     except RolloutError as error:
         _lose_all(group, error)
     return group
 
 
-async def _add_group_rewards(group: TrajectoryGroup, envs_G: list[Env], limits: RolloutLimits) -> None:
+async def add_group_rewards(group: TrajectoryGroup, envs_G: Sequence[Env], limits: RolloutLimits) -> None:
     """The builder gets copies. Turns it removes (no moves) leave the trajectory; what they earned stays in
     the reward."""
     builder = group.builder

@@ -15,11 +15,11 @@ import numpy as np
 from posttrain.backend.errors import ConfigError
 
 MAX_SUBSETS = 2000
-# 97.5% quantiles of Student's t for 1 to 30 degrees of freedom
+# 97.5% quantiles of Student's t for 1 to 30 degrees of freedom, and of the normal distribution for more
 T_975 = (
     *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
     *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
-    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
+    *(2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042, 1.96),
 )
 
 
@@ -75,6 +75,11 @@ def mean_and_stderr(values_P: Sequence[float]) -> tuple[float, float]:
     """Mean over problems and its standard error (ddof 1), 0 for a single problem."""
     stderr = np.std(values_P, ddof=1) / np.sqrt(len(values_P)) if len(values_P) > 1 else 0.0
     return float(np.mean(values_P)), float(stderr)
+
+
+def t_975(count: int) -> float:
+    """Standard errors on each side of a mean of `count` >= 2 values in its 95% interval."""
+    return T_975[min(count - 1, len(T_975)) - 1]
 
 
 def ratio_values(numerators_P: Sequence[float], denominators_P: Sequence[float]) -> list[float]:

@@ -10,10 +10,11 @@ from array import array
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 
-from posttrain.backend.errors import CookbookError, DataError
+from posttrain.backend.errors import ConfigError, CookbookError, DataError
 from posttrain.backend.types import EncodedTextChunk, ModelInput
 from posttrain.renderers.types import Renderer, Tokenizer
 from posttrain.tracking.datasets import ListDataset, train_and_test
@@ -46,6 +47,8 @@ RESERVED_METRICS = {
 }
 RESERVED_PREFIXES = ("ended_by/", "by_group/", "pass@", "maj@", "best@")
 RESERVED_TAG = "all"  # of env/all/...
+
+_made: WeakValueDictionary[int, Env] = WeakValueDictionary()  # by id, what `make_envs` has returned
 
 
 def is_reserved(metric: str) -> bool:
@@ -212,6 +215,11 @@ def environments(builder: EnvGroupBuilder, result: object) -> list[Env]:
         check_step(env)
     if len({id(env) for env in envs_G}) < len(envs_G):
         raise MalformedStep(f"{name} returned one environment several times: each member of a group needs its own")
+    if any(_made.get(id(env)) is env for env in envs_G):
+        raise MalformedStep(
+            f"{name} returned an environment that an earlier call returned: an Env is one episode, make new ones at each call"
+        )
+    _made.update({id(env): env for env in envs_G})
     return envs_G
 
 
@@ -257,6 +265,17 @@ async def datasets(builder: RLDatasetBuilder, renderer: Renderer) -> tuple[RLDat
         if not isinstance(dataset, RLDataset):
             raise DataError(f"{name} returned {dataset!r:.100}, which is not an RLDataset")
     return train, test
+
+
+async def held_out(builder: RLDatasetBuilder, renderer: Renderer) -> RLDataset:
+    """The builder's held-out set. ConfigError if there is none."""
+    if type(builder).test_set is RLDatasetBuilder.test_set:
+        _, test = await datasets(builder, renderer)
+    else:
+        test = await builder.test_set(renderer)
+    if test is None:
+        raise ConfigError(f"{type(builder).__name__} has no held-out problems with these settings")
+    return test
 
 
 def batch(dataset: RLDataset, index: int) -> list[EnvGroupBuilder]:

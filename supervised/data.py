@@ -1,7 +1,6 @@
 """Supervised data: files, Hugging Face datasets and mixtures to batches of Datum. Rendered once,
 when the dataset is built: malformed, empty and over-long examples are found before a model loads.
-Left out: streaming from sets whose tokens, 8 bytes
-each, do not fit into memory.
+Left out: streaming from sets whose tokens, 8 bytes each, do not fit into memory.
 """
 
 import json
@@ -37,7 +36,7 @@ from supervised.rows import (
     tools_of,
 )
 from supervised.table_rows import picked, table_rows
-from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
+from supervised.types import SupervisedDataset, SupervisedDatasetBuilder, datasets_of
 
 
 def conversation_to_datum(
@@ -308,7 +307,7 @@ class MixtureBuilder(SupervisedDatasetBuilder):
                 raise ConfigError(
                     f"builders.{i}.{name}={getattr(builder, name)}: set {name} on the mixture: it holds for all"
                 )
-        train, test = chz.replace(builder, **{**common, "batch_size": 1})(renderer)
+        train, test = datasets_of(chz.replace(builder, **{**common, "batch_size": 1}), renderer)
         return _in_order(train), _in_order(test) if test else []
 
 

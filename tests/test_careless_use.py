@@ -10,21 +10,26 @@ import chz
 import pytest
 import torch
 
-from envs.problem import Grade, Grader, Problem
+from envs.interleaved import InterleavedBuilder
+from envs.problem import Grade, Grader, GraderError, Problem, ProblemSet, Split, check_apart
+from envs.rewards import correct_answer
+from envs.single_turn import SingleTurn
 from posttrain.backend import Datum, ModelInput, SamplingParams, ServiceClient
+from posttrain.backend.data_checks import _say_unshifted
 from posttrain.backend.errors import ConfigError, CookbookError, DataError, ModelError
 from posttrain.backend.models import model_folder
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.command_line import parse
-from posttrain.tracking.datasets import ListDataset
+from posttrain.tracking.datasets import DrawnDataset, ListDataset
 from preference.comparisons import PreferenceRowsBuilder
 from preference.types import Comparison, LabeledComparison
-from rl import evaluate
+from rl import evaluate, play, rollouts
 from rl import train as rl
 from rl.names import ENVS
-from rl.types import RLDatasetBuilder
+from rl.rollouts import RolloutLimits, do_group_rollout
+from rl.types import Env, EnvGroupBuilder, MalformedStep, RLDatasetBuilder, StepResult, TokensWithLogprobs
 from supervised import train as sft
-from supervised.data import ChatDatasetBuilder, HuggingFaceBuilder
+from supervised.data import ChatDatasetBuilder, HuggingFaceBuilder, MixtureBuilder
 from supervised.evaluators import EvaluatorBuilder, EvaluatorList
 from supervised.names import DATASETS
 from supervised.nll import nll_means, nll_sums
@@ -64,6 +69,18 @@ def test_what_is_no_datum_and_no_prompt_is_named(torch_service: ServiceClient) -
         sampler.compute_logprobs([1, 2])  # type: ignore[arg-type]
 
 
+# Trap: labels as other libraries take them: -100 for no loss, and shifted by the model.
+def test_labels_of_other_libraries_are_named(torch_service: ServiceClient, capsys: pytest.CaptureFixture[str]) -> None:
+    client, tokens = torch_service.create_training_client("micro"), ModelInput.from_ints([1, 2, 3])
+    ones = [1.0, 1.0, 1.0]
+    with pytest.raises(DataError, match="outside the vocabulary .* weights of 0 leave tokens out, not -100"):
+        client.forward([Datum(tokens, {"target_tokens": [2, 3, -100], "weights": ones})], "cross_entropy").result()
+    _say_unshifted.cache_clear()
+    for targets, said in [([2, 3, 1], 0), ([1, 2, 3], 1), ([1, 2, 3], 0)]:
+        client.forward([Datum(tokens, {"target_tokens": targets, "weights": ones})], "cross_entropy").result()
+        assert capsys.readouterr().out.count("the model learns to repeat each token") == said
+
+
 @chz.chz
 class OddExamples(SupervisedDatasetBuilder):
     returns: Any = None
@@ -88,6 +105,7 @@ def test_a_supervised_builder_that_returns_no_data_sets_is_named(tmp_path: Path)
         (OddExamples(returns=([datum(PROMPT)], None)), "not a data set: it has no get_batch"),
         (OddExamples(returns=(good, "test")), "OddExamples returned 'test', which is not a data set"),
         (AsyncExamples(), "AsyncExamples.__call__ is an `async def`"),
+        (MixtureBuilder(builders=[OddExamples()]), "OddExamples returned None, not a training set"),
     ]:
         with pytest.raises(DataError, match=message):
             datasets_of(builder, config.renderer())
@@ -131,15 +149,108 @@ def test_a_run_that_is_not_in_its_folder_is_not_only_looked_for_on_the_hub(
         parse(evaluate.Config, ["env=arithmetic"], {"env": ENVS})
 
 
+def test_a_module_that_lacks_a_package_is_not_looked_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "lacking_envs.py").write_text("import no_such_package.part\n")
+    with pytest.raises(ConfigError, match="no_such_package is neither installed nor in the current folder"):
+        parse(evaluate.Config, ["models=micro", "env=lacking_envs:Builder"], {"env": ENVS})
+
+
 @chz.chz
 class SyncTasks(RLDatasetBuilder):
     def __call__(self, renderer: Renderer) -> Any:
         return None
 
 
-def test_a_builder_of_environments_that_is_not_async_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="SyncTasks.__call__ must be an `async def`"):
-        asyncio.run(rl.main(rl.Config(env=SyncTasks(), model_name="micro", log_path=str(tmp_path / "run"))))
+@chz.chz
+class OddTasks(RLDatasetBuilder):
+    returns: Any = None
+
+    async def __call__(self, renderer: Renderer) -> Any:
+        return self.returns
+
+
+# Trap: builders that training checks, and evaluation or play does not.
+def test_a_builder_of_environments_is_checked_in_training_evaluation_and_play(tmp_path: Path) -> None:
+    def trained(env: RLDatasetBuilder) -> Any:
+        return rl.main(rl.Config(env=env, model_name="micro", log_path=str(tmp_path / "run")))
+
+    def evaluated(env: RLDatasetBuilder) -> Any:
+        return evaluate.main(evaluate.Config(models=["micro"], env=env, log_path=str(tmp_path / "eval")))
+
+    def played(env: RLDatasetBuilder) -> Any:
+        return play.play(play.Config(env=env, model_name="micro"))
+
+    for env, message in [
+        (SyncTasks(), "SyncTasks.__call__ must be an `async def`"),
+        (OddTasks(), "OddTasks returned None, not a training set and a held-out set"),
+        (OddTasks(returns=(None, None)), "OddTasks returned None, which is not an RLDataset"),
+        (InterleavedBuilder(builders=[OddTasks()]), "OddTasks returned None, not a training set"),
+    ]:
+        for use in (trained, evaluated, played):
+            with pytest.raises(DataError, match=message):
+                asyncio.run(use(env))
+    with pytest.raises(DataError, match="get_batch.* returned no group"):
+        asyncio.run(played(OddTasks(returns=(DrawnDataset(lambda *_: [], 1), None))))
+    with pytest.raises(ConfigError, match="OddTasks has no held-out problems"):
+        asyncio.run(evaluated(OddTasks(returns=(DrawnDataset(lambda *_: [], 1), None))))
+
+
+class Forever(Env):
+    async def initial_observation(self) -> Any:
+        return PROMPT, []
+
+    async def step(self, action: list[int]) -> StepResult:
+        return StepResult(0.0, False, PROMPT, [])
+
+
+class SameAgain(EnvGroupBuilder):
+    envs = (Forever(),)
+
+    async def make_envs(self) -> Any:
+        return self.envs
+
+
+async def zeros(*args: object) -> TokensWithLogprobs:
+    return TokensWithLogprobs([0], [0.0])
+
+
+# Trap: an episode that goes on where the last one ended; an episode that never ends, without a word.
+def test_an_env_that_is_used_again_and_one_that_never_ends_are_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rollouts, "MANY_TURNS", 5)
+    policy: Any = zeros
+    for turns, said in [(5, 0), (9, 1), (9, 0)]:
+        group = asyncio.run(do_group_rollout(SameAgain(), policy, (0,), RolloutLimits(max_turns=turns)))
+        assert [len(trajectory.transitions) for trajectory in group.trajectories_G] == [turns]
+        assert capsys.readouterr().out.count("an episode of Forever has 5 turns") == said
+        SameAgain.envs = (Forever(),)
+    asyncio.run(do_group_rollout(SameAgain(), policy, (0,), RolloutLimits(max_turns=1)))
+    with pytest.raises(
+        MalformedStep, match="SameAgain.make_envs returned an environment that an earlier call returned"
+    ):
+        asyncio.run(do_group_rollout(SameAgain(), policy, (0,), RolloutLimits(max_turns=1)))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"env": SyncTasks},
+            r"env=<class .*SyncTasks'> is no object of RLDatasetBuilder: from Python write SyncTasks\(",
+        ),
+        ({"advantage": "rloo"}, "advantage='rloo' is no object of AdvantageEstimator"),
+        ({"backend": {"engine": "torch"}}, r"backend={.*} is no object of BackendConfig"),
+        ({"kl": 0.1}, "kl=0.1 is no object of KLPenalty"),
+        ({"batch_reward": None, "limits": None}, "limits=None is no object of RolloutLimits"),
+    ],
+)
+def test_a_field_that_needs_an_object_names_what_it_was_given(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        rl.Config(**{"env": SyncTasks(), **given})
 
 
 @chz.chz
@@ -211,6 +322,43 @@ def test_a_reader_of_data_that_returns_something_else_is_named(tmp_path: Path) -
     ]:
         with pytest.raises(DataError, match=message):
             OddPairs(path=str(path), returns=returns)()
+
+
+@chz.chz
+class OddProblems(ProblemSet):
+    returns: Any
+
+    def read(self, split: Split, limit: int | None) -> Any:
+        return self.returns if split == "train" else []
+
+
+def test_what_is_no_problem_and_no_list_of_them_is_named() -> None:
+    odd: Any = 2
+    for make, message in [
+        (lambda: Problem("1+1=", odd), "Problem '1[+]1=': gold=2 is not a text"),
+        (lambda: Problem(odd, "2", id="row 3"), "Problem row 3: question=2 is not a text"),
+        (lambda: Problem("1+1=", "2", Grader), "grader=<class .*> is not an object of Grader"),  # type: ignore[arg-type]
+        (OddProblems(returns=None).splits, r"OddProblems.read\('train', ...\) returned None, not a list of Problems"),
+        (OddProblems(returns=[{"question": "a"}]).splits, "not a list of Problems"),
+        (lambda: check_apart([Problem("a", "b")], [Problem("a", "c")]), "in the test set too, first 'a'; remove"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            make()
+    (problem,), _ = OddProblems(returns=(Problem(text, "b") for text in "a")).splits()
+    assert problem.question == "a"
+    with pytest.raises(ConfigError, match=r"rewards=<function correct_answer .* as \[correct_answer\]"):
+        SingleTurn([problem], correct_answer)  # type: ignore[arg-type]
+
+
+class IntGrader(Grader):
+    def extract(self, text: str) -> Any:
+        return int(text)
+
+
+# Trap: an answer that is no text equals no gold answer: every reward is 0, without a word.
+def test_a_grader_that_extracts_something_else_than_text_is_named() -> None:
+    with pytest.raises(GraderError, match="IntGrader.extract returned 2, neither a text nor None"):
+        asyncio.run(Problem("1+1=", "2", IntGrader()).graded("2"))
 
 
 class OddGrader(Grader):

@@ -104,7 +104,6 @@ def test_layouts_that_fit(config: BackendConfig, needed: int, gpus_of_nodes: lis
             {"replicas_share_gpu": True, "sampler_replicas": 2, "trainer_processes": 2},
             "beside a trainer in this process",
         ),
-        ({"sampler_replicas": 1, "weight_sync": "nccl"}, "nobody has verified it"),
         ({"trainer_processes": 2, "moments": "8bit"}, "set backend.trainer_sharding=replicate"),
     ],
 )

@@ -5,6 +5,7 @@ reward, and the error says which reward and which criterion.
 import asyncio
 import json
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,7 +136,9 @@ def test_a_reward_that_raises_is_a_failed_rollout_and_says_which(renderer):
     def broken(answer: Answer) -> float:
         return {}["key"]
 
-    assert errors(group_of(renderer, [broken], ["a"])) == "reward broken raised KeyError: 'key'"
+    assert re.fullmatch(
+        r"reward broken raised KeyError: 'key' \(.*test_rewards.py:\d+\)", errors(group_of(renderer, [broken], ["a"]))
+    )
     group = group_of(renderer, [group_reward(lambda answers: [1.0], name="short")], ["a", "b"])
     assert "reward short returned [1.0], not a number for each of 2" in errors(group)
 

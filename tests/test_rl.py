@@ -5,6 +5,7 @@ expectation against the true gradient.
 import asyncio
 import time
 from collections.abc import Sequence
+from copy import copy
 
 import numpy as np
 import pytest
@@ -221,7 +222,7 @@ class CountingBuilder(EnvGroupBuilder):
         self.envs = envs
 
     async def make_envs(self) -> Sequence[Env]:
-        return self.envs
+        return [copy(env) for env in self.envs]
 
     async def compute_group_rewards(
         self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]

@@ -106,11 +106,12 @@ def micro_batches(
     ranks: int = 1,
     packed: bool = False,
     row_tokens: int | None = None,
+    others: bool = True,
 ) -> Sequence[MicroBatch]:
     """The chosen data in batches of at most `token_budget` padded tokens (a longer row goes alone),
     longest rows first, for an early memory peak. `share`: sequences with a common prefix may share
     a row of up to `row_tokens`. Widths are padded to multiples of `bucket`. `packed`: all rows of a
-    batch follow each other in one.
+    batch follow each other in one. Without `others` positions of weight 0 get no logprobs.
 
     Of several ranks each gets its part of the rows, which depends on the data alone, and all get
     the same number of batches: the spare ones have no positions."""
@@ -124,7 +125,7 @@ def micro_batches(
         rows = [_Row([d], [np.array(ids)], [np.arange(len(ids))], len(ids)) for d, ids in tokens.items()]
     rows.sort(key=lambda row: -row.length)
     batches_R = [_batches(rows, token_budget, packed) for rows in _cut(rows, ranks)]
-    make = partial(_collate, data_D, carries=carries, device=device, bucket=bucket, packed=packed)
+    make = partial(_collate, data_D, carries=carries, device=device, bucket=bucket, packed=packed, others=others)
     return MicroBatches(make, batches_R[rank], rows[-1:], max(map(len, batches_R)))
 
 
@@ -210,6 +211,7 @@ def _collate(
     device: torch.device,
     bucket: int,
     packed: bool,
+    others: bool,
 ) -> MicroBatch:
     shares = any(len(row.data) > 1 for row in rows)
     starts_N = np.cumsum([0, *(row.length for row in rows)])
@@ -256,7 +258,7 @@ def _collate(
     return MicroBatch(
         tokens_BT=tensor(tokens_BT),
         loss=positions(np.flatnonzero(carries_N)),
-        others=positions(np.flatnonzero(~carries_N), once=shares),
+        others=positions(np.flatnonzero(~carries_N & others), once=shares),
         positions_BT=tensor(positions_BT) if shares or packed else None,
         ends_BT=tensor(ends_BT) if shares or packed else None,
         starts_N=tensor(starts_N.astype(np.int32)) if whole else None,

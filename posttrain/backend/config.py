@@ -144,12 +144,9 @@ class BackendConfig:
         default=None,
         doc="HOST:PORT of a running Ray cluster, or auto to find one; None = start Ray here if it is needed",
     )
-    weight_sync: Literal["auto", "files", "nccl", "ipc"] = chz.field(
-        default="auto",
-        doc="how new weights reach the replicas; auto = files, in shared memory or sync_dir; nccl and ipc are refused",
-    )
     sync_dir: str | None = chz.field(
-        default=None, doc="folder for weight_sync=files that all nodes see; None = this node's shared memory"
+        default=None,
+        doc="folder that all nodes see, through which new weights reach the replicas; None = this node's shared memory",
     )
     sampler_restarts: int = chz.field(
         default=3, validator=WHOLE, doc="how many dead replicas are replaced before the run ends with EngineError"

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import numpy as np
 import torch
@@ -110,10 +111,21 @@ def check_data(
         raise DataError(f"datum {floats[0]}: model_input has tokens that are not whole numbers")
     for tokens_D in ([datum.loss_fn_inputs["target_tokens"].array for datum in data_D], inputs_D):
         if (d := _first(tokens_D, lambda array: (array < 0) | (array >= vocabulary))) is not None:
-            raise DataError(
-                f"datum {first + d} has a token outside the vocabulary of {vocabulary}: was it made with another "
-                "tokenizer?"
-            )
+            negative = bool((tokens_D[d] < 0).any())
+            hint = "weights of 0 leave tokens out, not -100" if negative else "was it made with another tokenizer?"
+            raise DataError(f"datum {first + d} has a token outside the vocabulary of {vocabulary}: {hint}")
+    targets_T, tokens_T = data_D[0].loss_fn_inputs["target_tokens"].array, inputs_D[0]
+    if len(set(tokens_T)) > 1 and np.array_equal(targets_T, tokens_T):
+        _say_unshifted()
+
+
+@cache
+def _say_unshifted() -> None:
+    print(
+        "WARNING the target_tokens of a Datum are those of its model_input: the model learns to repeat each token. Give "
+        "model_input=tokens[:-1] and target_tokens=tokens[1:]",
+        flush=True,
+    )
 
 
 def check_sequences(data_D: Sequence[Datum], first: int) -> None:

@@ -63,11 +63,6 @@ def check_placement(config: BackendConfig) -> None:
         )
     if config.trainer_processes > 1:
         _check_trainers(config)
-    if config.weight_sync in ("nccl", "ipc"):
-        raise ConfigError(
-            f"backend.weight_sync={config.weight_sync} is not offered: nobody has verified it on two GPUs yet. Take "
-            "backend.weight_sync=files"
-        )
     if uses_cluster(config) and find_spec("ray") is None:
         raise ConfigError(f"several processes need Ray, which is not installed: {INSTALL}")
 

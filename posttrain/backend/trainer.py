@@ -257,11 +257,10 @@ class Trainer:
             del kept
         for differentiate in (True, False):
             chosen = [d for d, need in enumerate(needed_D) if need is differentiate]
-            batches = self._micro_batches(data_D, chosen)
+            batches = self._micro_batches(data_D, chosen, others)
             # of several batches, the activations would exceed the token budget
             keep_this = keep and not backward and len(batches) == 1
             for batch in batches:
-                batch = batch if others else replace(batch, others=batch.others.none_of())
                 with torch.set_grad_enabled(differentiate or keep_this):
                     p_NK, others_NK = self._logprobs(batch)
                 others_NK = others_NK.detach()
@@ -299,11 +298,13 @@ class Trainer:
         outputs = [{self.output_name: TensorData.from_torch(logprobs)} for logprobs in logprobs_D]
         return ForwardBackwardOutput(outputs, {**metrics, "loss:sum": loss.item()})
 
-    def _micro_batches(self, data_D: Sequence[Datum], chosen: Sequence[int]) -> Sequence[MicroBatch]:
+    def _micro_batches(
+        self, data_D: Sequence[Datum], chosen: Sequence[int], others: bool = True
+    ) -> Sequence[MicroBatch]:
         bucket = WIDTH_BUCKET if self.compiles or self.packs else 1
         tokens, longest = self.config.micro_batch_tokens, self.config.shared_row_tokens
         share, packed = self.shares_prefixes, self.packs
-        return micro_batches(data_D, chosen, tokens, self.device, share, bucket, *self._part, packed, longest)
+        return micro_batches(data_D, chosen, tokens, self.device, share, bucket, *self._part, packed, longest, others)
 
     def _hidden(self, batch: MicroBatch) -> torch.Tensor:
         """(BT, H) last hidden states."""

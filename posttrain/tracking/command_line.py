@@ -66,6 +66,7 @@ USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("checkpoint", "init_from"), ("load_checkpoint_path",)),
     **dict.fromkeys(("resume", "overwrite"), ("behavior_if_log_dir_exists",)),
     **dict.fromkeys(("temp",), ("temperature",)),
+    "backend.weight_sync": ("backend.sync_dir",),  # of earlier versions: files are the only way
 }
 
 
@@ -323,7 +324,7 @@ def _load_class(path: str, target: str, parameter: Any) -> type:
     try:
         loaded_class = parameter.meta_factory.from_string(target)
     except (MetaFromString, ValueError) as error:
-        raise ConfigError(f"{path}={target}: {' '.join(str(error).split())}{_near(target)}") from None
+        raise ConfigError(f"{path}={target}: {' '.join(str(error).split())}{_near(target, error)}") from None
     if not isinstance(loaded_class, type):
         raise ConfigError(
             f"{path}={target}: not a class; give module:Class of a subclass of {type_repr(parameter.type)}"
@@ -331,9 +332,14 @@ def _load_class(path: str, target: str, parameter: Any) -> type:
     return loaded_class
 
 
-def _near(target: str) -> str:
-    """A name of the module, or a module of the current folder, that is nearly the one given."""
+def _near(target: str, error: Exception) -> str:
+    """The package that the module lacks; or a name of the module, or a module of the current folder, that is nearly
+    the one given."""
     module, _, name = target.partition(":")
+    cause = error.__context__
+    missing = cause.name or module if isinstance(cause, ModuleNotFoundError) else module
+    if not f"{module}.".startswith(f"{missing}."):
+        return f"; {missing.partition('.')[0]} is neither installed nor in the current folder"
     loaded = sys.modules.get(module)
     known = dir(loaded) if loaded else [file.stem for file in Path.cwd().glob("*.py")]
     near = difflib.get_close_matches(name if loaded else module, known, n=1)

@@ -3,7 +3,8 @@ change defaults.
 """
 
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 import chz
 
@@ -62,6 +63,20 @@ class RunConfig:
     wandb_name: str | None = chz.field(default=None, doc="name of the wandb run; None = chosen by wandb")
     tensorboard: bool = chz.field(default=False, doc="also write TensorBoard's event files into the run folder")
     trackio_project: str | None = chz.field(default=None, doc="also log to this Trackio project")
+
+    @chz.validate
+    def _check_objects(self) -> None:
+        """A class in place of an object, or a name that only the command line reads, would fail far from here."""
+        for name, field in chz.chz_fields(self).items():
+            value, kind = getattr(self, name), field.x_type
+            kinds = [*get_args(kind)] if get_origin(kind) in (Union, UnionType) else [kind]
+            classes = [kind for kind in kinds if isinstance(kind, type)]
+            wanted = [kind for kind in classes if chz.is_chz(kind)]
+            if wanted and classes == kinds and not isinstance(value, tuple(classes)):
+                example = (value if isinstance(value, type) else wanted[0]).__name__
+                raise ConfigError(
+                    f"{name}={value!r:.80} is no object of {wanted[0].__name__}: from Python write {example}(...)"
+                )
 
 
 @chz.chz

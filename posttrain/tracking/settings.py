@@ -33,7 +33,8 @@ FREE_OF_BACKEND = (
     *("sampler_memory_gb", "gpu_memory_utilization", "enforce_eager", "alarm", "offload_optimizer", "compile"),
     # Where a run computes: it may be resumed with other numbers of processes.
     *("trainer_processes", "trainer_sharding", "sampler_replicas", "replicas_share_gpu", "tensor_parallel", "cluster"),
-    *("weight_sync", "sync_dir", "sampler_restarts", "trainer_restarts", "call_seconds"),
+    *("sync_dir", "sampler_restarts", "trainer_restarts", "call_seconds"),
+    "weight_sync",  # of earlier versions
 )
 MAY_GROW = ("max_steps", "num_epochs", "num_steps")  # of a continued run; None is no limit
 SHOWN = 6  # differences shown in a message
