@@ -35,7 +35,7 @@ from supervised.rows import (
     system_of,
     tools_of,
 )
-from supervised.table_rows import file_rows, picked, table_rows
+from supervised.table_rows import BLOCK, file_rows, picked, table_rows
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder
 
 
@@ -280,12 +280,19 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
         return after_system(system_of(fields), messages)
 
     def example(self, fields: Fields, renderer: Renderer) -> tuple[list[int], list[float]]:
-        if self.prompt_field is None and self.messages_field == "messages" and "messages" not in fields:
+        if self._is_of_a_form(fields):
             return example_of_any_form(fields, renderer, self.train_on_what)
         return super().example(fields, renderer)
 
+    def _is_of_a_form(self, fields: Fields) -> bool:
+        return self.prompt_field is None and self.messages_field == "messages" and "messages" not in fields
+
     def rows(self) -> tuple[Sequence[Row], Sequence[Row]]:
         train = table_rows(self.name, self.subset, self.split)
+        first = train[:BLOCK]
+        if self._is_of_a_form(first[0][1]):
+            form = one_form(first[:1], form_of)
+            print_form(self.name, form, first, form.also)
         return train, table_rows(self.name, self.subset, self.test_split) if self.test_split else []
 
 

@@ -241,7 +241,7 @@ def test_missing_and_empty_files(tmp_path):
         PromptCompletionFileBuilder(path=path, prompt_template="Q:")(PLAIN)
 
 
-def test_hugging_face_datasets(tmp_path, monkeypatch):
+def test_hugging_face_datasets(tmp_path, monkeypatch, capsys):
     import datasets
     import datasets.config
 
@@ -268,6 +268,7 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
         HuggingFaceBuilder(name=str(tmp_path / "saved"), split="dev")(PLAIN)
     found, _ = HuggingFaceBuilder(name=str(tmp_path / "saved"), batch_size=2)(PLAIN)
     assert texts(found) == texts(train)  # by the fields
+    assert "saved: read as question and answer (question, answer)" in capsys.readouterr().out
     for field, complaint in (("messages", "the fields .* are of no known form"), ("turns", "no field 'turns'")):
         datasets.Dataset.from_list([{"first": "a"}]).to_parquet(str(tmp_path / "other.parquet"))
         with pytest.raises(DataError, match=rf"other\.parquet\[train\]:0: {complaint}"):
