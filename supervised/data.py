@@ -289,11 +289,15 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
 
     def rows(self) -> tuple[Sequence[Row], Sequence[Row]]:
         train = table_rows(self.name, self.subset, self.split)
+        return train, table_rows(self.name, self.subset, self.test_split) if self.test_split else []
+
+    def _split(self) -> tuple[Sequence[Row], Sequence[Row]]:
+        train, test = super()._split()
         first = train[:BLOCK]
         if self._is_of_a_form(first[0][1]):
             form = one_form(first[:1], form_of)
             print_form(self.name, form, first, form.also)
-        return train, table_rows(self.name, self.subset, self.test_split) if self.test_split else []
+        return train, test
 
 
 @chz.chz
