@@ -19,7 +19,17 @@ from preference import rows as shapes
 from preference.rows import ScoredSample
 from preference.types import Comparison, ComparisonDatasetBuilder, LabeledComparison
 from supervised.data import HuggingFaceBuilder
-from supervised.rows import Fields, Row, after_system, called, checked_messages, read_rows, system_of, tools_of
+from supervised.rows import (
+    JSON_ENDS,
+    Fields,
+    Row,
+    after_system,
+    called,
+    checked_messages,
+    read_rows,
+    system_of,
+    tools_of,
+)
 
 T = TypeVar("T")
 
@@ -173,10 +183,10 @@ def read_each(
 class PreferenceRowsBuilder(ComparisonDatasetBuilder):
     """The options of all sets: source, cleaning, split. A subclass reads the shape of its rows."""
 
-    path: str = chz.field(doc="JSONL file, hub name, or local folder of a Hugging Face dataset")
+    path: str = chz.field(doc="file (JSONL, JSON, Parquet, CSV), hub name, or local folder of a Hugging Face dataset")
     subset: str | None = chz.field(default=None, doc="configuration of the hub dataset")
-    split: str = chz.field(default="train", doc="split to train on (not of a JSONL file)")
-    test_split: str | None = chz.field(default=None, doc="split held out (not of a JSONL file)")
+    split: str = chz.field(default="train", doc="split to train on (not of a JSON file)")
+    test_split: str | None = chz.field(default=None, doc="split held out (not of a JSON file)")
     test_path: str | None = chz.field(default=None, doc="held-out JSONL file")
     identical: Literal["drop", "raise"] = chz.field(default="drop", doc="pairs whose two answers are the same")
     empty: Literal["drop", "raise"] = chz.field(default="raise", doc="pairs with an empty answer")
@@ -226,7 +236,7 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
     def _rows(self) -> tuple[Sequence[Row], Sequence[Row]]:
         if self.test_size and (self.test_split or self.test_path):
             raise ConfigError(f"test_size={self.test_size} and a held-out set: give one of them")
-        if self.path.endswith(".jsonl"):
+        if self.path.endswith(JSON_ENDS):
             return read_rows(self.path), read_rows(self.test_path) if self.test_path else []
         return HuggingFaceBuilder(
             name=self.path, subset=self.subset, split=self.split, test_split=self.test_split

@@ -4,7 +4,7 @@ field that would change what is trained on, and that the form does not read, is 
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import chz
@@ -22,7 +22,7 @@ from preference.comparisons import (
 )
 from preference.rows import is_transcript
 from preference.types import Comparison, LabeledComparison
-from supervised.forms import check_meaning, has, names_of, one_form, print_form, unknown
+from supervised.forms import alpaca_prompt, check_meaning, has, names_of, one_form, print_form, unknown
 from supervised.rows import SYSTEM, Fields, Row
 
 # texts beside an answer that are no prompt
@@ -48,11 +48,38 @@ class SharedPrefixBuilder(PreferenceRowsBuilder):
         return LabeledComparison(Comparison([Message(role="user", content=chosen[:cut])], *answers), "A")
 
 
+def _of_openai(fields: Fields) -> Fields:
+    asked = fields["input"]
+    if not isinstance(asked, Mapping):
+        raise DataError("'input' must be an object with 'messages'")
+    renamed = {"chosen": fields["preferred_output"], "rejected": fields["non_preferred_output"]}
+    return {"prompt": asked.get("messages"), "tools": asked.get("tools"), **renamed}
+
+
+def _of_cookbook(fields: Fields) -> Fields:
+    compared = fields["comparison"]
+    if not isinstance(compared, Mapping):
+        raise DataError("'comparison' must be an object with 'prompt_conversation', 'completion_A' and 'completion_B'")
+    sides = {name: compared.get(name) for name in ("completion_A", "completion_B")}
+    return {"prompt": compared.get("prompt_conversation"), **sides, "label": fields["label"]}
+
+
+def _of_alpaca(fields: Fields) -> Fields:
+    return {
+        **{name: fields[name] for name in fields if name not in ("input", "history")},
+        "prompt": alpaca_prompt(fields),
+    }
+
+
 class Form(NamedTuple):
+    """`builder` reads what `renamed` makes of a row. `also` are fields that it may have."""
+
     name: str
     fields: tuple[str, ...]
     builder: type[PreferenceRowsBuilder]
     settings: Mapping[str, Any] = {}
+    renamed: Callable[[Fields], Fields] = lambda fields: fields
+    also: tuple[str, ...] = ()
 
 
 LABELED = Form("labelled comparisons", ("prompt", "completion_A", "completion_B", "label"), LabeledBuilder)
@@ -63,6 +90,23 @@ QUESTION = Form(
     ChosenRejectedBuilder,
     {"prompt_field": "question"},
 )
+INSTRUCTION = Form(
+    "Alpaca's instruction, chosen and rejected",
+    ("instruction", "chosen", "rejected"),
+    ChosenRejectedBuilder,
+    renamed=_of_alpaca,
+    also=("input", "history"),
+)
+SHAREGPT = Form(
+    "ShareGPT conversation, chosen and rejected",
+    ("conversations", "chosen", "rejected"),
+    ChosenRejectedBuilder,
+    {"prompt_field": "conversations"},
+)
+OPENAI = Form(
+    "OpenAI's preferences", ("input", "preferred_output", "non_preferred_output"), ChosenRejectedBuilder, {}, _of_openai
+)
+COOKBOOK = Form("comparisons of tinker-cookbook", ("comparison", "label"), LabeledBuilder, {}, _of_cookbook)
 CONVERSATIONS = Form("chosen and rejected conversations", ("chosen", "rejected"), ChosenRejectedBuilder)
 TRANSCRIPTS = Form("chosen and rejected transcripts", ("chosen", "rejected"), TranscriptBuilder)
 SHARED_PREFIX = Form("chosen and rejected texts with the prompt in both", ("chosen", "rejected"), SharedPrefixBuilder)
@@ -71,12 +115,13 @@ SCORED = Form("scored answers", ("prompt", "completion", "score"), ScoredSamples
 KTO = Form(
     "answers marked good and bad", ("prompt", "completion", "label"), ScoredSamplesBuilder, {"score_field": "label"}
 )
-FORMS = (LABELED, CHOSEN, QUESTION, CONVERSATIONS, TRANSCRIPTS, SHARED_PREFIX, RATED, SCORED, KTO)
+WITHOUT_CHOSEN = (LABELED, RATED, SCORED, KTO, OPENAI, COOKBOOK)
+FORMS = (*WITHOUT_CHOSEN, CHOSEN, QUESTION, INSTRUCTION, SHAREGPT, CONVERSATIONS, TRANSCRIPTS, SHARED_PREFIX)
 
 
 def form_of(fields: Fields) -> Form:
     """DataError where the fields match no form, or two."""
-    forms = [form for form in (LABELED, RATED, SCORED, KTO) if has(fields, form.fields)]
+    forms = [form for form in WITHOUT_CHOSEN if has(fields, form.fields)]
     if has(fields, ("chosen", "rejected")):
         forms.append(_chosen_rejected(fields))
     if len(forms) > 1:
@@ -93,12 +138,16 @@ def form_of(fields: Fields) -> Form:
 def _chosen_rejected(fields: Fields) -> Form:
     if has(fields, ("prompt",)):
         return CHOSEN
+    if isinstance(fields["chosen"], Mapping) and has(fields, ("conversations",)):
+        return SHAREGPT
     if not isinstance(fields["chosen"], str):
         return QUESTION if has(fields, ("question",)) and not _is_whole(fields["chosen"]) else CONVERSATIONS
     if is_transcript(fields["chosen"]):
         return TRANSCRIPTS
     if has(fields, ("question",)):
         return QUESTION
+    if has(fields, ("instruction",)):
+        return INSTRUCTION
     known = (*SHARED_PREFIX.fields, *SYSTEM, *NOTES)
     texts = [name for name, value in fields.items() if isinstance(value, str) and value.strip() and name not in known]
     if texts := [name for name in texts if not name.endswith("_id")]:
@@ -117,17 +166,18 @@ def _is_whole(answer: Any) -> bool:
 
 @chz.chz
 class FileBuilder(PreferenceRowsBuilder):
-    """JSONL of any form in preference/forms.py, recognised by its rows' fields."""
+    """A file of any form in preference/forms.py, recognised by its rows' fields."""
 
     def comparisons(self, rows: Sequence[Row], dropped: Counter[str] | None) -> list[LabeledComparison]:
         if not rows:
             return []
         form: Form = one_form(rows if dropped is None else rows[:1], form_of)
-        print_form(rows[0][0].rsplit(":", 1)[0], form, rows, (*SYSTEM, "tools"))
+        also = (*SYSTEM, *form.also)
+        print_form(rows[0][0].rsplit(":", 1)[0], form, rows, (*also, "tools"))
 
         def checked(fields: Fields) -> Fields:
-            check_meaning(fields, (*form.fields, *SYSTEM), form.name)
-            return fields
+            check_meaning(fields, (*form.fields, *also), form.name)
+            return form.renamed(fields)
 
         rows = list(read_each(rows, checked, dropped))
         common: dict[str, Any] = {name: getattr(self, name) for name in chz.chz_fields(PreferenceRowsBuilder)}

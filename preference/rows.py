@@ -125,6 +125,8 @@ def messages(fields: Fields, name: str, role: str) -> list[Message]:
     value = need(fields, name)
     if isinstance(value, str):
         return [Message(role=role, content=value)]
+    if isinstance(value, Mapping):  # LLaMA-Factory's answers
+        fields = {name: [value]}
     # without marks of what is trained on: preferences train on whole answers
     return [unmarked(message) for message in conversation(fields, name)]
 

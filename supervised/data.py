@@ -31,11 +31,10 @@ from supervised.rows import (
     checked_rows,
     conversation,
     exchange,
-    read_rows,
     system_of,
     tools_of,
 )
-from supervised.table_rows import picked, table_rows
+from supervised.table_rows import BLOCK, file_rows, picked, table_rows
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder, datasets_of
 
 
@@ -194,35 +193,42 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
 
 @chz.chz
 class JsonLinesBuilder(ChatDatasetBuilder):
-    """Rows from JSONL files."""
+    """Rows from JSONL, JSON and Parquet files."""
 
-    path: str = chz.field(doc="JSONL file to train on")
-    test_path: str | None = chz.field(default=None, doc="held-out JSONL file of the same form")
+    path: str = chz.field(doc="file to train on: JSONL, a JSON list, either compressed by gzip, or Parquet")
+    test_path: str | None = chz.field(default=None, doc="held-out file of the same form")
 
     def rows(self) -> tuple[Sequence[Row], Sequence[Row]]:
-        return read_rows(self.path), read_rows(self.test_path) if self.test_path else []
+        return file_rows(self.path), file_rows(self.test_path) if self.test_path else []
 
 
 @chz.chz
 class FileBuilder(JsonLinesBuilder):
-    """JSONL of any form in supervised/forms.py, recognised by its rows' fields. A plain text is
+    """A file of any form in supervised/forms.py, recognised by its rows' fields. A plain text is
     trained on whole, between BOS and EOS."""
 
     def rows(self) -> tuple[Sequence[Row], Sequence[Row]]:
         train, test = super().rows()
-        rows = [*train, *test]
+        rows = Joined((train, test))
         form = one_form(rows, form_of)
         print_form(self.path, form, rows, form.also)
         return train, test
 
     def example(self, fields: Fields, renderer: Renderer) -> tuple[list[int], list[float]]:
-        read = read_row(fields)
-        if not isinstance(read, str):
-            return offering(fields, renderer).build_supervised_example(*customized(read, self.train_on_what))
-        tokens, end = encode_text(renderer.tokenizer, read), eos(renderer.tokenizer)
-        tokens += [] if tokens[-1:] == end else end  # a text may have been written with its EOS
-        start = bos(renderer.tokenizer)
-        return tokens, [0.0] * len(start) + [1.0] * (len(tokens) - len(start))
+        return example_of_any_form(fields, renderer, self.train_on_what)
+
+
+def example_of_any_form(
+    fields: Fields, renderer: Renderer, train_on_what: TrainOnWhat
+) -> tuple[list[int], list[float]]:
+    """Tokens and weights of a row in a form of supervised/forms.py."""
+    read = read_row(fields)
+    if not isinstance(read, str):
+        return offering(fields, renderer).build_supervised_example(*customized(read, train_on_what))
+    tokens, end = encode_text(renderer.tokenizer, read), eos(renderer.tokenizer)
+    tokens += [] if tokens[-1:] == end else end  # a text may have been written with its EOS
+    start = bos(renderer.tokenizer)
+    return tokens, [0.0] * len(start) + [1.0] * (len(tokens) - len(start))
 
 
 @chz.chz
@@ -249,7 +255,8 @@ class PromptCompletionFileBuilder(JsonLinesBuilder):
 
 @chz.chz
 class HuggingFaceBuilder(ChatDatasetBuilder):
-    """A dataset of the hub, a data file, a folder of them, or a folder written by `save_to_disk`."""
+    """A dataset of the hub, a data file, a folder of them, or a folder written by `save_to_disk`. Without
+    a field "messages" the form of its rows is found by their fields, as a JSONL file's."""
 
     name: str = chz.field(doc="hub name, local folder or file (Parquet, CSV, JSON)")
     subset: str | None = chz.field(default=None, doc="configuration of the hub dataset, e.g. main")
@@ -258,7 +265,9 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
     messages_field: str = chz.field(
         default="messages", doc="field with the messages; unused when prompt_field is given"
     )
-    prompt_field: str | None = chz.field(default=None, doc="field with the user's message; None = use messages_field")
+    prompt_field: str | None = chz.field(
+        default=None, doc="field with the user's message; None = messages_field, or the form that the fields have"
+    )
     completion_field: str = chz.field(default="completion", doc="field with the assistant's answer")
     prompt_template: str = chz.field(default="{prompt}", doc="the user's message; {prompt} stands for the prompt field")
 
@@ -269,9 +278,25 @@ class HuggingFaceBuilder(ChatDatasetBuilder):
             messages = exchange(fields, self.prompt_field, self.completion_field, self.prompt_template)
         return after_system(system_of(fields), messages)
 
+    def example(self, fields: Fields, renderer: Renderer) -> tuple[list[int], list[float]]:
+        if self._is_of_a_form(fields):
+            return example_of_any_form(fields, renderer, self.train_on_what)
+        return super().example(fields, renderer)
+
+    def _is_of_a_form(self, fields: Fields) -> bool:
+        return self.prompt_field is None and self.messages_field == "messages" and "messages" not in fields
+
     def rows(self) -> tuple[Sequence[Row], Sequence[Row]]:
         train = table_rows(self.name, self.subset, self.split)
         return train, table_rows(self.name, self.subset, self.test_split) if self.test_split else []
+
+    def _split(self) -> tuple[Sequence[Row], Sequence[Row]]:
+        train, test = super()._split()
+        first = train[:BLOCK]
+        if self._is_of_a_form(first[0][1]):
+            form = one_form(first[:1], form_of)
+            print_form(self.name, form, first, form.also)
+        return train, test
 
 
 @chz.chz

@@ -47,24 +47,6 @@ QUESTIONS, PART_OF_QUESTION = ("prompt", "question", "instruction"), ("context",
 # Where they are true or false: whether an answer is good (KTO; the second is LLaMA-Factory's).
 IS_GOOD = ("label", "kto_tag")
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-
-
-def sharegpt(fields: Fields) -> list[Message]:
-    """{"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]};
-    `role` and `content` are read, too."""
-    turns = fields["conversations"]
-    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise DataError("the field 'conversations' is not a list of objects")
-    renamed = [
-        {key: value for key, value in turn.items() if key not in ("from", "value")}
-        | {"role": SHAREGPT_ROLES.get(str(turn["from"]), turn["from"]), "content": turn.get("value")}
-        if "from" in turn
-        else turn
-        for turn in turns
-    ]
-    return conversation({"conversations": renamed}, "conversations")
-
 
 def prompt_completion(fields: Fields) -> list[Message]:
     """{"prompt": ..., "completion": ...}, texts or lists of messages; loss on completions only."""
@@ -83,12 +65,18 @@ def prompt_completion(fields: Fields) -> list[Message]:
 def alpaca(fields: Fields) -> list[Message]:
     """{"instruction": ..., "input": ..., "output": ...}, perhaps after the pairs in "history"; an
     empty input is left out."""
+    *earlier, asked = alpaca_prompt(fields)
+    now = exchange({"prompt": asked["content"], "completion": fields["output"]}, "prompt", "completion", "{prompt}")
+    return [*earlier, *now]
+
+
+def alpaca_prompt(fields: Fields) -> list[Message]:
+    """The messages before the answer."""
     given = fields.get("input") or ""
     if not isinstance(given, str) or not isinstance(fields["instruction"], str):
         raise DataError("'instruction' and 'input' must be texts")
-    prompt = fields["instruction"] + (f"\n\n{given}" if given else "")
-    now = exchange({"prompt": prompt, "completion": fields["output"]}, "prompt", "completion", "{prompt}")
-    return [*_earlier(fields.get("history") or []), *now]
+    asked = Message(role="user", content=fields["instruction"] + (f"\n\n{given}" if given else ""))
+    return [*_earlier(fields.get("history") or []), asked]
 
 
 def _earlier(pairs: Any) -> list[Message]:
@@ -110,7 +98,7 @@ def plain_text(fields: Fields) -> str:
 
 FORMS = (
     Form("messages", ("messages",), lambda fields: conversation(fields, "messages")),
-    Form("ShareGPT", ("conversations",), sharegpt),
+    Form("ShareGPT", ("conversations",), lambda fields: conversation(fields, "conversations")),
     Form("prompt and completion", ("prompt", "completion"), prompt_completion),
     Form(
         "question and answer", ("question", "answer"), lambda fields: exchange(fields, "question", "answer", "{prompt}")
@@ -119,9 +107,13 @@ FORMS = (
 )
 # often a rendered copy beside other fields, so only where there are no others
 TEXT = Form("text", ("text",), plain_text, also=())
+PREFERENCES = "preferences, which preference/train_cli.py trains on"
 ELSEWHERE = {
-    ("chosen", "rejected"): "preferences, which preference/train_cli.py trains on",
-    ("completion_A", "completion_B", "label"): "preferences, which preference/train_cli.py trains on",
+    ("chosen", "rejected"): PREFERENCES,
+    ("conversations", "chosen", "rejected"): PREFERENCES,
+    ("completion_A", "completion_B", "label"): PREFERENCES,
+    ("comparison", "label"): PREFERENCES,
+    ("input", "preferred_output", "non_preferred_output"): PREFERENCES,
     (
         "prompt",
         "completion",

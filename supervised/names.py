@@ -13,7 +13,7 @@ DATASETS = {
     "tulu3": "supervised.data:HuggingFaceBuilder name=allenai/tulu-3-sft-mixture test_size=1024",
     "mixture": "supervised.data:MixtureBuilder",
     "star_graph": "envs.star_graph_data:StarGraphExamplesBuilder",
-    "*.jsonl": "supervised.data:FileBuilder path={}",
+    **dict.fromkeys(("*.jsonl", "*.jsonl.gz", "*.json", "*.parquet"), "supervised.data:FileBuilder path={}"),
 }
 # of supervised, preference and RL runs
 EVALUATORS = {

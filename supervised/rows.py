@@ -4,11 +4,13 @@ needed.
 
 import codecs
 import difflib
+import gzip
 import os
 import traceback
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from posttrain.backend.errors import ConfigError, CookbookError, DataError
 from posttrain.renderers.parts import THINKING_KEYS, from_openai, tool_spec
@@ -19,12 +21,16 @@ Fields = Mapping[str, Any]
 # The place, for errors: "path:line" or "name[split]:index"; and the fields.
 Row = tuple[str, Fields]
 ROLES = ("system", "developer", "user", "assistant", "tool")
+# ShareGPT's and LLaMA-Factory's names of roles; the latter's `function_call` is read apart
+ROLE_NAMES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "observation": "tool"}
 # 0 or false in an assistant's message: it is read, and not trained on (OpenAI, ShareGPT, Axolotl)
 MARKS = ("weight", "loss", "train", "training")
 # Fields of a message that change what is trained on, and what to do.
 NOT_READ = {
     "function_call": "write it as 'tool_calls', a list",
+    "function_calls": "write them as 'tool_calls', a list",
     "tool_plan": "write it as 'reasoning_content'",
+    **dict.fromkeys(("tools", "functions"), "write them as the field 'tools' of the row"),
     **dict.fromkeys(
         ("train_detail", "training_detail"), "whole messages are trained on or not: mark them with 'train'"
     ),
@@ -32,26 +38,19 @@ NOT_READ = {
 WRITTEN = ("role", "content", "parts", "name", "tool_call_id")  # what renderers read of a message, but for marks
 SYSTEM = ("system", "system_prompt")
 
+JSON_ENDS = (".jsonl", ".json", ".jsonl.gz", ".json.gz")  # of the names of files for `read_rows`
 LONG_LINE = 1 << 20  # bytes of an example that is announced: tokenizing 20 MB takes a minute
 
 
 def read_rows(path: str | os.PathLike[str], most: int | None = None) -> list[Row]:
-    """The objects of a JSONL file, or its first `most`; blank lines are skipped. DataError, with the
-    line and a remedy, for anything else."""
+    """The objects of a JSONL file, or of a JSON file that is a list of them, or its first `most`; both
+    perhaps compressed by gzip. Blank lines are skipped. DataError, with the line and a remedy, for
+    anything else."""
     file = _data_file(path)
-    rows = []
+    rows: list[Row] = []
     try:
-        with file.open("rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                where = f"{path}:{number}"
-                if number == 1:
-                    line = line.removeprefix(codecs.BOM_UTF8)
-                    _check_text(line, where)
-                if not line.strip():
-                    continue
-                if len(line) > LONG_LINE:
-                    print(f"{where}: one example of {len(line) / 1e6:.0f} MB, which takes a while to read", flush=True)
-                fields = parse_json(line, where, "repair or delete that line")
+        with file.open("rb") as raw, _unzipped(raw) as lines:
+            for where, fields in _objects(lines, str(path)):
                 if not isinstance(fields, dict):
                     raise DataError(
                         f"{where}: a {type(fields).__name__}, where an object with fields is needed, one per line"
@@ -59,6 +58,8 @@ def read_rows(path: str | os.PathLike[str], most: int | None = None) -> list[Row
                 rows.append((where, fields))
                 if len(rows) == most:
                     break
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{path} is damaged ({error}) after {len(rows):,} examples: compress it again") from error
     except OSError as error:
         raise DataError(
             f"{path} cannot be read ({error.strerror}); check its permissions, or choose another file"
@@ -66,6 +67,41 @@ def read_rows(path: str | os.PathLike[str], most: int | None = None) -> list[Row
     if not rows:
         raise DataError(f"{path}: the file has no examples")
     return rows
+
+
+def _unzipped(raw: BinaryIO) -> BinaryIO:
+    is_zipped = raw.read(2) == b"\x1f\x8b"
+    raw.seek(0)
+    return gzip.GzipFile(fileobj=raw) if is_zipped else raw  # type: ignore[return-value]
+
+
+def _objects(lines: BinaryIO, path: str) -> Iterator[tuple[str, Any]]:
+    """The values in a file, each with its place."""
+    for number, line in enumerate(lines, start=1):
+        where = f"{path}:{number}"
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
+            _check_text(line, where)
+            if line.lstrip().startswith(b"["):
+                yield from _listed(line + lines.read(), path)
+                return
+        if not line.strip():
+            continue
+        if len(line) > LONG_LINE:
+            print(f"{where}: one example of {len(line) / 1e6:.0f} MB, which takes a while to read", flush=True)
+        yield where, parse_json(line, where, "repair or delete that line")
+
+
+def _listed(text: bytes, path: str) -> Iterator[tuple[str, Any]]:
+    try:
+        values = parse_json(text, path, "repair it, or write one object a line, as FILE.jsonl")
+    except DataError:
+        lines = text.splitlines()
+        if len(lines) > 1 and lines[0].rstrip().endswith(b"]"):
+            raise DataError(f"{path}:1: a list, where each line is to be one object") from None
+        raise
+    for number, value in enumerate(values, start=1):
+        yield f"{path}:row {number}", value
 
 
 def _data_file(path: str | os.PathLike[str]) -> Path:
@@ -86,15 +122,12 @@ def _data_file(path: str | os.PathLike[str]) -> Path:
 def _check_text(line: bytes, where: str) -> None:
     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError(f"{where}: the file is in UTF-16; save it as UTF-8")
+    if line.strip() == b"{":
+        raise DataError(f"{where}: an object of several lines, where each line is one: jq -c . FILE > FILE.jsonl")
     if b"\0" in line:
         raise DataError(
-            f"{where}: a binary file, not lines of JSON; is it compressed, or Parquet? For the latter "
-            "dataset=huggingface"
-        )
-    if line.lstrip().startswith(b"["):
-        raise DataError(
-            f"{where}: a list, where each line is to be one object: jq -c '.[]' FILE.json > FILE.jsonl makes that of a "
-            "JSON file"
+            f"{where}: a binary file, not lines of JSON; is it compressed otherwise than by gzip, or Parquet? The "
+            "latter's name must end in .parquet"
         )
 
 
@@ -153,9 +186,9 @@ def text_of(where: str, fields: Fields, name: str) -> str:
 
 
 def conversation(fields: Fields, name: str) -> list[Message]:
-    """The messages in the field `name`; thinking and tool calls as the OpenAI API writes them. Where
-    one is marked as trained on or not, all have a `trainable` mark."""
-    messages = [_given(message) for message in _field(fields, name, list)]
+    """The messages in the field `name`; thinking and tool calls as the OpenAI API writes them, or as
+    ShareGPT and LLaMA-Factory do. Where one is marked as trained on or not, all have a `trainable` mark."""
+    messages = [_given(message, f"{name}[{i}]") for i, message in enumerate(_field(fields, name, list))]
     trained = [is_trained(message, f"{name}[{i}]") for i, message in enumerate(messages)]
     for i, message in enumerate(messages):
         for field, remedy in NOT_READ.items():
@@ -185,11 +218,20 @@ def conversation(fields: Fields, name: str) -> list[Message]:
     ]
 
 
-def _given(message: Any) -> Any:
-    """A message without fields that are null, as those of other messages are in a table."""
+def _given(message: Any, where: str) -> Any:
+    """A message without fields that are null, as those of other messages are in a table. ShareGPT's
+    `from` and `value` are its role and content."""
     if not isinstance(message, Mapping):
         return message
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
+    given = {key: value for key, value in message.items() if value is not None or key == "content"}
+    if "from" in given:
+        given["role"], given["content"] = given.pop("from"), given.pop("value", None)
+    if given.get("role") == "function_call":
+        calls = given["content"]
+        if isinstance(calls, str):
+            calls = parse_json(calls, f"{where}, a function_call", "write {'name': ..., 'arguments': {...}}, or a list")
+        return given | {"role": "assistant", "content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return given | {"role": ROLE_NAMES.get(str(given["role"]), given["role"])} if "role" in given else given
 
 
 def without_nulls(value: Any) -> Any:

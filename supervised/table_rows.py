@@ -12,7 +12,7 @@ import numpy as np
 
 from posttrain.backend.errors import DataError
 from posttrain.backend.hub import hub_is_reached, hub_reason
-from supervised.rows import Row, without_nulls
+from supervised.rows import Row, read_rows, without_nulls
 
 BLOCK = 1000  # rows in memory at once, where all are read
 
@@ -54,6 +54,11 @@ class TableRows(Sequence[Row]):
 
 def picked(rows: Sequence[Row], places: Sequence[int]) -> Sequence[Row]:
     return rows.picked(places) if isinstance(rows, TableRows) else [rows[i] for i in places]
+
+
+def file_rows(path: str) -> Sequence[Row]:
+    """Those of a JSON file or, by its name, of a Parquet file. DataError as of both."""
+    return table_rows(path, None, "train") if path.endswith(".parquet") else read_rows(path)
 
 
 def table_rows(name: str, subset: str | None, split: str) -> TableRows:

@@ -1,6 +1,7 @@
 """Files of data damaged in every way: one line that names the file, never a traceback."""
 
 import asyncio
+import gzip
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +70,11 @@ DAMAGED: dict[str, bytes] = {
     "no JSON": b"GOOD\nhello\n",
     "deep": b"GOOD\n" + b"[" * 200_000 + b"]" * 200_000 + b"\n",
     "half a surrogate pair": b'GOOD\n{"a": "\\ud800"}\n',
-    "a list": b"[GOOD]\n",
+    "lists": b"[GOOD]\n[GOOD]\n",
+    "a list of numbers": b"[7]\n",
+    "a torn list": b"[GOOD, ",
+    "an object of several lines": b'{\n"a": 1}\n',
+    "torn gzip": gzip.compress(b"GOOD\n" * 99)[:-20],
     "a number": b"GOOD\n7\n",
     "null": b"GOOD\nnull\n",
     "no fields": b"GOOD\n{}\n",
@@ -100,7 +105,12 @@ def test_damaged_files_are_one_line_with_the_file_and_the_line(tmp_path: Path, r
         read(path)
     message = str(error.value)
     assert "train.jsonl" in message and "\n" not in message and len(message) < 1200
-    assert damage in ("empty", "blank") or "train.jsonl:1" in message or "train.jsonl:2" in message
+    assert (
+        damage in ("empty", "blank", "a torn list", "torn gzip")
+        or "train.jsonl:1" in message
+        or "train.jsonl:row 1" in message
+        or "train.jsonl:2" in message
+    )
 
 
 @pytest.mark.parametrize("reader", READERS)

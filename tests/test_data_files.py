@@ -1,10 +1,13 @@
 """Files of data in all their forms, found by their fields."""
 
+import gzip
 import json
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 from tokenizers.processors import TemplateProcessing
@@ -120,6 +123,23 @@ SHAREGPT = [{"from": "human", "value": "2+3="}, {"from": "gpt", "value": "5"}]
                 ]
             },
             "user 2+3=; assistant <think> Hm. </think>  5; user 2+3=; assistant [<think> So </think>  5;]",
+        ),
+        # LLaMA-Factory's
+        (
+            {
+                "conversations": [
+                    SHAREGPT[0],
+                    {"from": "function_call", "value": '{"name": "add", "arguments": {"a": 2, "b": 3}}'},
+                    {"from": "observation", "value": "5"},
+                    SHAREGPT[1],
+                ],
+            },
+            'user 2+3=; assistant [<tool_call> {"name": "add", "arguments": {"a": 2, "b": 3}} </tool_call>;] '
+            "tool 5; assistant [5;]",
+        ),
+        (
+            {"messages": [{"role": "human", "content": "2+3="}, {"from": "bing", "value": "5", "weight": 1}]},
+            "user 2+3=; assistant [5;]",
         ),
     ],
 )
@@ -258,7 +278,13 @@ def test_tool_calls_and_tools_of_files_are_trained_on(tmp_path: Path):
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "are preferences, which preference/train_cli.py"),
         ({"prompt": "a", "completion": "b", "label": True}, "KTO"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "the role 'robot'"),
-        ({"conversations": "a"}, "not a list of objects"),
+        ({"conversations": "a"}, "'conversations' is a str, not a text or a list of messages"),
+        ({"conversations": ["a"]}, "conversations[0] needs a 'role'"),
+        ({"conversations": [{"from": "function_call", "value": "add"}]}, "conversations[0], a function_call: not JSON"),
+        ({"messages": [{"role": "system", "content": "a", "tools": [{}]}]}, "as the field 'tools' of the row"),
+        ({"conversations": SHAREGPT[:1], "chosen": {}, "rejected": {}}, "are preferences"),
+        ({"input": {}, "preferred_output": [], "non_preferred_output": []}, "are preferences"),
+        ({"comparison": {}, "label": "A"}, "are preferences"),
         ({"text": ""}, "is empty"),
         ({"instruction": 1, "output": "a"}, "must be texts"),
     ],
@@ -267,6 +293,29 @@ def test_rows_of_no_form_say_what_they_are(tmp_path: Path, row: dict[str, Any], 
     with pytest.raises(DataError, match=r"data\.jsonl:1: ") as error:
         FileBuilder(path=write(tmp_path / "data.jsonl", row), batch_size=1)(PLAIN)
     assert complaint in str(error.value)
+
+
+# Trap: a form is read from lines, and refused from the files in which its sets are published.
+@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json", "rows.json.gz", "rows.parquet"])
+def test_lists_gzip_and_tables_are_read_as_lines_are(tmp_path: Path, name: str):
+    sets: list[tuple[Any, list[dict[str, Any]]]] = [
+        (FileBuilder, [{"conversations": SHAREGPT, "system": "Add."}, {"conversations": SHAREGPT}]),
+        (PreferenceFile, [{"prompt": [USER], "chosen": [ASSISTANT], "rejected": PAIR[2]}]),
+    ]
+    for builder, rows in sets:
+        text = (
+            json.dumps(rows, indent=1) if ".json." in f"{name}." else "".join(map("{}\n".format, map(json.dumps, rows)))
+        )
+        content = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
+        (tmp_path / name).write_bytes(content)
+        if name.endswith(".parquet"):
+            datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / name))
+        found, lines = (builder(path=path) for path in (str(tmp_path / name), write(tmp_path / "lines.jsonl", *rows)))
+        if builder is FileBuilder:
+            examples = [[found.example(row, PLAIN) for _, row in one.rows()[0]] for one in (found, lines)]
+            assert examples[0] == examples[1]
+        else:
+            assert [replace(pair, where="") for pair in found()[0]] == [replace(pair, where="") for pair in lines()[0]]
 
 
 def test_rows_of_another_form_than_the_first_are_named(tmp_path: Path):
@@ -313,6 +362,32 @@ PAIR = ([USER], [ASSISTANT], [{"role": "assistant", "content": "6"}])
             ),
         ),
         ([{"question": "2+3=", "chosen": "5", "rejected": "6"}], "question, chosen and rejected", PAIR),
+        # LLaMA-Factory's
+        (
+            [{"instruction": "2+3=", "input": "", "chosen": "5", "rejected": "6"}],
+            "Alpaca's instruction, chosen and rejected",
+            PAIR,
+        ),
+        (
+            [{"conversations": SHAREGPT[:1], "chosen": SHAREGPT[1], "rejected": {"from": "gpt", "value": "6"}}],
+            "ShareGPT conversation, chosen and rejected",
+            PAIR,
+        ),
+        (
+            [{"input": {"messages": [USER]}, "preferred_output": [ASSISTANT], "non_preferred_output": [PAIR[2][0]]}],
+            "OpenAI's preferences",
+            PAIR,
+        ),
+        (
+            [
+                {
+                    "comparison": {"prompt_conversation": [USER], "completion_A": [ASSISTANT], "completion_B": PAIR[2]},
+                    "label": "A",
+                }
+            ],
+            "comparisons of tinker-cookbook",
+            PAIR,
+        ),
         ([{"prompt": "2+3=", "completion_A": "5", "completion_B": "6", "label": "A"}], "labelled comparisons", PAIR),
         ([{"context": "2+3=", "response1": "5", "response2": "6", "overall_preference": -2}], "rated pairs", PAIR),
         (
@@ -362,10 +437,13 @@ def test_preferences_are_found_by_their_fields(tmp_path: Path, rows: list[dict[s
             "the messages in 'prompt' are not those that 'chosen' begins with",
         ),
         (
-            {"instruction": "2+2?", "chosen": "The answer is 4.", "rejected": "The answer is 5."},
-            "beside 'instruction': name the prompt 'prompt'",
+            {"exercise": "2+2?", "chosen": "The answer is 4.", "rejected": "The answer is 5."},
+            "beside 'exercise': name the prompt 'prompt'",
         ),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "history": [["d", "e"]]}, "'history' would change"),
+        ({"input": "a", "preferred_output": "b", "non_preferred_output": "c"}, "an object with 'messages'"),
+        ({"input": {}, "preferred_output": "b", "non_preferred_output": "c"}, "no field 'prompt'"),
+        ({"comparison": "a", "label": "A"}, "'comparison' must be an object with"),
     ],
 )
 def test_preferences_of_no_form_say_what_they_are(tmp_path: Path, row: dict[str, Any], complaint: str):

@@ -11,11 +11,13 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from starlette.applications import Starlette
 
 from posttrain.backend.errors import CheckpointError, ConfigError, DataError
 from posttrain.serve import guard
 from posttrain.serve.bases import open_bases
 from posttrain.serve.command import ServeConfig, _joined_models, api_key, main, substitutes
+from posttrain.serve.local_server import LocalServer
 from posttrain.serve.order import NumberedQueue
 from posttrain.serve.requests import Answer, Requests, json_answer
 from posttrain.serve.sdk_versions import check_version
@@ -216,6 +218,25 @@ def test_a_client_that_comes_as_soon_as_the_address_is_told_is_not_refused(
     monkeypatch.delenv("TINKER_API_KEY", raising=False)
     main(["--model", "m=micro", "port=0", "backend.engine=torch", f"checkpoint_dir={tmp_path}"])
     assert addresses
+
+
+# Trap: a server closes an idle connection at the moment when a client, whose limit is the same, sends on it.
+def test_a_client_gives_up_an_idle_connection_before_the_server_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[float] = []
+
+    def run(server: uvicorn.Server, sockets: list[socket.socket]) -> None:
+        kept.append(server.config.timeout_keep_alive)
+        server.started = True
+        sockets[0].close()
+
+    monkeypatch.setattr(uvicorn.Server, "run", run)
+    monkeypatch.delenv("TINKER_API_KEY", raising=False)
+    main(["--model", "m=micro", "port=0", "backend.engine=torch", f"checkpoint_dir={tmp_path}"])
+    LocalServer(Starlette()).close()
+    limit = httpx.Limits().keepalive_expiry
+    assert limit and len(kept) == 2 and min(kept) > limit
 
 
 def test_a_port_in_use_is_named_before_a_model_is_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

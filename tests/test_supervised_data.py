@@ -241,7 +241,7 @@ def test_missing_and_empty_files(tmp_path):
         PromptCompletionFileBuilder(path=path, prompt_template="Q:")(PLAIN)
 
 
-def test_hugging_face_datasets(tmp_path, monkeypatch):
+def test_hugging_face_datasets(tmp_path, monkeypatch, capsys):
     import datasets
     import datasets.config
 
@@ -266,8 +266,13 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
         assert len(texts(train)) == 2 and test is not None and "Ben walks" in texts(test)[0]
     with pytest.raises(DataError, match="split 'dev', could not be loaded"):
         HuggingFaceBuilder(name=str(tmp_path / "saved"), split="dev")(PLAIN)
-    with pytest.raises(DataError, match=r"saved\[train\]:0: no field 'messages'"):
-        HuggingFaceBuilder(name=str(tmp_path / "saved"))(PLAIN)
+    found, _ = HuggingFaceBuilder(name=str(tmp_path / "saved"), batch_size=2)(PLAIN)
+    assert texts(found) == texts(train)  # by the fields
+    assert "saved: read as question and answer (question, answer)" in capsys.readouterr().out
+    for field, complaint in (("messages", "the fields .* are of no known form"), ("turns", "no field 'turns'")):
+        datasets.Dataset.from_list([{"first": "a"}]).to_parquet(str(tmp_path / "other.parquet"))
+        with pytest.raises(DataError, match=rf"other\.parquet\[train\]:0: {complaint}"):
+            HuggingFaceBuilder(name=str(tmp_path / "other.parquet"), messages_field=field)(PLAIN)
 
 
 @pytest.mark.parametrize("file", ["dataset_dict.json", *(f"train/{name}" for name in SAVED_FILES)])

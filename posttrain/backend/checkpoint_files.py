@@ -23,8 +23,9 @@ FORMAT = 2
 # of transformers' ...ForSequenceClassification and ...ForTokenClassification, as TRL trains reward models
 CLASSIFIER_HEAD = re.compile(r"(^|\.)(score|classifier)\.(modules_to_save\.)?(weight|bias)$")
 IS_CLASSIFIER = (
-    "it is a reward model or a classifier of transformers and no language model, and is not opened here: train a reward "
-    "model with preference/train_reward_model.py, or ask this one in a reward function (docs/rewards.md)"
+    "it is a reward model or a classifier of transformers and no language model, and is not opened as it is: "
+    "docs/after_training.md has the lines that make a reward model of one with one label; or train one with "
+    "preference/train_reward_model.py, or ask this one in a reward function (docs/rewards.md)"
 )
 # What a model was wrapped in, by the beginning of its tensors' names, and what to save instead.
 WRAPPED = {

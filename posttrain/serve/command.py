@@ -78,6 +78,7 @@ def serve(config: ServeConfig) -> None:
     from posttrain.backend.service_client import ServiceClient
     from posttrain.serve.app import create_app
     from posttrain.serve.bases import open_bases, write_tokenizers
+    from posttrain.serve.local_server import KEEP_ALIVE_SECONDS
     from posttrain.serve.state import Limits, State
     from posttrain.serve.store import Store
 
@@ -105,6 +106,7 @@ def serve(config: ServeConfig) -> None:
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=2,  # long polls are open
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
         # the SDK parses each header of each answer in Python
         server_header=False,
         date_header=False,

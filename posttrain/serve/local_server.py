@@ -10,6 +10,10 @@ import uvicorn
 
 from posttrain.backend.errors import EngineError
 
+# An idle connection is closed by the client first (httpx: after 5 s, reqwest: after 90 s): a request sent at the
+# moment when the server closes it is lost.
+KEEP_ALIVE_SECONDS = 120
+
 
 class LocalServer:
     """Serves from its construction until `close`, at a free port."""
@@ -18,7 +22,14 @@ class LocalServer:
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
-        config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=1)
+        config = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=1,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        )
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
             target=self._server.run, args=([self._socket],), name="local-server", daemon=True
