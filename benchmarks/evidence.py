@@ -43,7 +43,7 @@ COMMAS = r",\s*"
 FEWEST = 3  # seeds of an interval of the mean
 # Pages and pictures in the folders of code: figures do not depend on them.
 NO_CODE = (":(exclude)*.md", ":(exclude)*.png")
-NO_EFFECT = "no_effect.json"  # commits that change no figure -> how that was seen
+NO_EFFECT = "no_effect.json"  # commits that change no figure, or only those of the rows "but for" -> how that was seen
 MARKED = re.compile(r"(<!-- evidence: ([\w ,-]+) -->\n).*?(<!-- end of evidence -->)", re.DOTALL)
 
 
@@ -83,7 +83,7 @@ class Evidence:
             return f"missing: seeds {', '.join(map(str, missing))}"
         if record["command"] != row.command:
             return "stale: its command is another now"
-        if stale := [reason for run in runs if (reason := self.changed(run["commit"], row.code))]:
+        if stale := [reason for run in runs if (reason := self.changed(run["commit"], row.code, row.name))]:
             return f"stale: {stale[0]}"
         if lacking := next((figure for run in runs for figure in _lacking(row, run)), None):
             return f"incomplete: no figure {lacking!r}"
@@ -95,13 +95,14 @@ class Evidence:
         commit = self.git("rev-parse", "--short", "HEAD").stdout.strip()
         return f"{commit}-dirty" if commit and self.changed(commit, code) else commit
 
-    def changed(self, commit: str, code: Sequence[str]) -> str:
+    def changed(self, commit: str, code: Sequence[str], row: str = "") -> str:
         """What of `code` has changed since `commit`, committed or not; empty if nothing has. Commits of
-        NO_EFFECT are left out."""
+        NO_EFFECT are left out, unless they change this row."""
         if not commit or commit.endswith("-dirty"):
             return "taken with uncommitted changes, or outside git"
         paths, exceptions = [*code, *NO_CODE], self.records / NO_EFFECT
-        none = read_json(exceptions) if exceptions.exists() else {}
+        reasons = read_json(exceptions) if exceptions.exists() else {}
+        none = [commit for commit, why in reasons.items() if isinstance(why, str) or row not in why["but for"]]
         done = self.git("log", "--format=%H", f"{commit}..HEAD", "--", *paths)
         if done.returncode:
             return f"commit {commit} is unknown here"
@@ -129,7 +130,7 @@ class Evidence:
             seed
             for seed, run in taken.items()
             if not run
-            or self.changed(run["commit"], row.code)
+            or self.changed(run["commit"], row.code, row.name)
             or (_lacking(row, run) and not (folders[seed] / "begun.json").exists())
         ]
         for seed, run in taken.items():
@@ -162,7 +163,7 @@ class Evidence:
     def run_seed(self, row: Row, seed: int, folder: Path) -> dict[str, Any]:
         commit, note = self.commit(row.code), folder / "begun.json"
         begun = read_json(note) if note.exists() else {"command": "", "commit": ""}
-        is_new = begun["command"] != row.command or bool(self.changed(begun["commit"], row.code))
+        is_new = begun["command"] != row.command or bool(self.changed(begun["commit"], row.code, row.name))
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)  # a run that resumed there would be of two commits or commands
         folder.mkdir(parents=True, exist_ok=True)

@@ -79,6 +79,9 @@ def test_a_row_is_taken_once_and_again_when_its_code_changes(evidence: Evidence)
     commit = evidence.git("rev-parse", "HEAD").stdout[:7]
     (evidence.records / "no_effect.json").write_text(json.dumps({commit: "a comment"}))
     assert evidence.state(row) == "current"
+    for name, state in (("another", "current"), ("climb", "stale: script.py")):
+        (evidence.records / "no_effect.json").write_text(json.dumps({commit: {"but for": [name], "seen": "run anew"}}))
+        assert evidence.state(row).startswith(state)
     (evidence.records / "no_effect.json").unlink()
     evidence.run(row)
     assert [run["figures"]["end"] for run in seeds(evidence).values()] == [-2, -1, 0]
