@@ -122,6 +122,8 @@ def test_what_a_killed_driver_left_is_ended(tmp_path: Path) -> None:
     (out := tmp_path / "out").mkdir()
     block = tmp_path / "benchmarks" / "gpu" / "shown.py"
     block.parent.mkdir(parents=True)
+    for folder in (block.parent, block.parent.parent):
+        (folder / "__init__.py").touch()  # else a package of that name in PYTHONPATH comes first
     block.write_text("import time\ntime.sleep(1000)\n")
     blocks = [
         subprocess.Popen([sys.executable, "-m", "benchmarks.gpu.shown"], cwd=tmp_path, start_new_session=True)

@@ -53,7 +53,7 @@ class Model:
         read_D = await self.logprobs([row.datum() for row in rows])
         return [(row.logprobs_T - read_T) * row.mask_T for row, read_T in zip(rows, read_D, strict=True)], {}
 
-    async def forward(self, data_D: Sequence[Datum], loss_fn: str) -> Any:
+    async def forward(self, data_D: Sequence[Datum], loss_fn: str, all_logprobs: bool) -> Any:
         logprobs_D = await self.logprobs(data_D)
         return SimpleNamespace(loss_fn_outputs=[{"logprobs": SimpleNamespace(array=p_T)} for p_T in logprobs_D])
 
