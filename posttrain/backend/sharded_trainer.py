@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 from transformers.initialization import no_init_weights
 
 from posttrain.backend import ranks
+from posttrain.backend.architectures import bound_steps_as_configured
 from posttrain.backend.batching import MicroBatch
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.custom_loss import CustomLoss, run_in_two_passes
@@ -81,6 +82,7 @@ class ShardedTrainer(Trainer):
             with no_init_weights():
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
             model.tie_weights()
+            bound_steps_as_configured(model)
             for name, p in model.named_parameters():
                 p.data = torch.empty_like(p, dtype=dtype)
                 p.requires_grad_(trained[name])
