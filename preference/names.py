@@ -1,5 +1,7 @@
 """Short names of the command line: of comparison datasets and of losses."""
 
+from supervised.names import FILES
+
 COMPARISONS = "preference.comparisons:"
 DATASETS = {
     "chosen_rejected": f"{COMPARISONS}ChosenRejectedBuilder",
@@ -16,7 +18,7 @@ DATASETS = {
     "helpsteer3": f"{COMPARISONS}RatedPairBuilder path=nvidia/HelpSteer3 test_split=validation empty=drop",
     "gsm8k_solutions": f"{COMPARISONS}ScoredSamplesBuilder prompt_field=question completion_field=solution "
     "score_field=is_correct test_size=200",
-    **dict.fromkeys(("*.jsonl", "*.jsonl.gz", "*.json", "*.parquet"), "preference.forms:FileBuilder path={}"),
+    **dict.fromkeys(FILES, "preference.forms:FileBuilder path={}"),
 }
 METHODS = {name: f"preference.losses:{name.upper()}" for name in ("dpo", "rpo", "ipo")} | {
     "simpo": "preference.losses:SimPO"

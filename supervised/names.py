@@ -1,5 +1,6 @@
 """Short names of the command line: of supervised datasets, and of evaluators in any run."""
 
+FILES = ("*.jsonl", "*.jsonl.gz", "*.json", "*.parquet")  # whose form is found by their fields
 DATASETS = {
     "arithmetic": "envs.arithmetic:ArithmeticExamplesBuilder",
     "calculator": "envs.calculator:SumsExamplesBuilder",
@@ -13,7 +14,7 @@ DATASETS = {
     "tulu3": "supervised.data:HuggingFaceBuilder name=allenai/tulu-3-sft-mixture test_size=1024",
     "mixture": "supervised.data:MixtureBuilder",
     "star_graph": "envs.star_graph_data:StarGraphExamplesBuilder",
-    **dict.fromkeys(("*.jsonl", "*.jsonl.gz", "*.json", "*.parquet"), "supervised.data:FileBuilder path={}"),
+    **dict.fromkeys(FILES, "supervised.data:FileBuilder path={}"),
 }
 # of supervised, preference and RL runs
 EVALUATORS = {

@@ -115,7 +115,7 @@ def check_data(
             hint = "weights of 0 leave tokens out, not -100" if negative else "was it made with another tokenizer?"
             raise DataError(f"datum {first + d} has a token outside the vocabulary of {vocabulary}: {hint}")
     targets_T, tokens_T = data_D[0].loss_fn_inputs["target_tokens"].array, inputs_D[0]
-    if len(set(tokens_T)) > 1 and np.array_equal(targets_T, tokens_T):
+    if np.array_equal(targets_T, tokens_T) and len(set(tokens_T)) > 1:
         _say_unshifted()
 
 

@@ -80,8 +80,7 @@ def check_ranges(instance: Any, **ranges: Range) -> None:
         value = getattr(instance, name)
         if isinstance(value, list | tuple) or (value is None and _default(type(instance), name) is not None):
             raise RangeError(name, value, "a number")
-        if value is not None and (needs := allowed.needs(value)):
-            raise RangeError(name, value, needs)
+        allowed(instance, name)
 
 
 @cache

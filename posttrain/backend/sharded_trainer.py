@@ -14,11 +14,10 @@ import chz
 import torch
 import torch.distributed as dist
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
 
 from posttrain.backend import ranks
-from posttrain.backend.architectures import bound_steps_as_configured
 from posttrain.backend.batching import MicroBatch
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.custom_loss import CustomLoss, run_in_two_passes
@@ -26,7 +25,7 @@ from posttrain.backend.device_lock import computing
 from posttrain.backend.loss_terms import LossTerm, RunningTerm, with_gradient
 from posttrain.backend.memory_plan import check_fits, planned
 from posttrain.backend.merged_lora import base_weights, in_dtype, layer_updates
-from posttrain.backend.models import load_model
+from posttrain.backend.models import load_model, new_model
 from posttrain.backend.ranks import Processes
 from posttrain.backend.scalar_trainer import ScalarTrainer
 from posttrain.backend.trained_weights import SCALAR_HEAD
@@ -80,9 +79,8 @@ class ShardedTrainer(Trainer):
         config, trained = self.processes.gathered(first)[0]  # reading trains what a new model does not (Ernie 4.5)
         if model is None:
             with no_init_weights():
-                model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+                model = new_model(config).eval()
             model.tie_weights()
-            bound_steps_as_configured(model)
             for name, p in model.named_parameters():
                 p.data = torch.empty_like(p, dtype=dtype)
                 p.requires_grad_(trained[name])
