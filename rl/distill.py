@@ -18,9 +18,10 @@ from posttrain.backend.ranges import NON_NEGATIVE, SHARE
 from posttrain.backend.tokenizers import check_vocabulary
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.types import Tokenizer
+from rl import step_checks
 from rl.data_processing import Row
 from rl.kl import Reference, mean_difference, other_model
-from rl.types import Metrics, TrajectoryGroup
+from rl.types import EnvGroupBuilder, Metrics, TrajectoryGroup
 
 if TYPE_CHECKING:  # commands answer before torch is imported
     from posttrain.backend.service_client import ServiceClient
@@ -72,6 +73,25 @@ class Distillation:
                         f"{option}={POLICY} needs distill.context: without it the teacher is the policy itself"
                     )
 
+    def check_groups(self, builders_P: Sequence[EnvGroupBuilder]) -> None:
+        """ConfigError for groups without a teacher or without a prompt for it, before any model is loaded;
+        DataError for a problem that lacks what `context` asks for. Without either option, nothing is looked at."""
+        for builder in builders_P if self.context or self.teachers else ():
+            self.tag_of(step_checks.tags(builder, builder.logging_tags()))
+            if self.context:
+                _teacher_prompt(builder, self.context)
+
+    def tag_of(self, tags: Sequence[str]) -> str:
+        """Of the group's tags the first with a teacher, "" for that of all others."""
+        known = self.paths()
+        for tag in (*tags, ""):
+            if tag in known:
+                return tag
+        raise ConfigError(
+            f"no teacher for a group with the tags {[*tags]}: distill.teachers has {', '.join(known)}; "
+            "set distill.teacher for all others"
+        )
+
 
 @runtime_checkable
 class HasTeacherPrompt(Protocol):
@@ -103,7 +123,7 @@ class Teachers:
         """d, (T,) per row, 0 outside the mask; and its mean per sampled token, of all and by tag."""
         places: dict[str, list[int]] = defaultdict(list)
         for i, row in enumerate(rows):
-            places[self._tag(groups_P[row.origin[0]])].append(i)
+            places[self.config.tag_of(groups_P[row.origin[0]].tags)].append(i)
         read = teacher_rows(groups_P, rows, self.config.context) if self.config.context else list(rows)
         difference_D = [np.zeros_like(row.logprobs_T) for row in rows]
         for tag, chosen in places.items():
@@ -118,22 +138,12 @@ class Teachers:
             metrics |= {f"teacher_kl/{tag or 'rest'}": mean_difference(*part) for tag, part in by_tag.items()}
         return difference_D, metrics
 
-    def _tag(self, group: TrajectoryGroup) -> str:
-        known = self.config.paths()
-        for tag in (*group.tags, ""):
-            if tag in known:
-                return tag
-        raise ConfigError(
-            f"no teacher for a group with the tags {group.tags}: distill.teachers has {', '.join(known)}; "
-            "set distill.teacher for all others"
-        )
-
 
 def teacher_rows(groups_P: Sequence[TrajectoryGroup], rows: Sequence[Row], context: str) -> list[Row]:
     """The rows with the teacher's prompt in place of the policy's."""
     if len({row.origin for row in rows}) < len(rows):
         raise ConfigError("distill.context: a rollout has several token sequences, and only the first has the prompt")
-    prompts = {p: _teacher_prompt(groups_P[p], context) for p in {row.origin[0] for row in rows}}
+    prompts = {p: _teacher_prompt(groups_P[p].builder, context) for p in {row.origin[0] for row in rows}}
     out = []
     for row in rows:
         p, g = row.origin
@@ -142,10 +152,10 @@ def teacher_rows(groups_P: Sequence[TrajectoryGroup], rows: Sequence[Row], conte
     return out
 
 
-def _teacher_prompt(group: TrajectoryGroup, context: str) -> list[int]:
-    if not isinstance(group.builder, HasTeacherPrompt):
-        raise ConfigError(f"distill.context: {type(group.builder).__name__} has no teacher_prompt(context)")
-    return group.builder.teacher_prompt(context).to_ints()
+def _teacher_prompt(builder: object, context: str) -> list[int]:
+    if not isinstance(builder, HasTeacherPrompt):
+        raise ConfigError(f"distill.context: {type(builder).__name__} has no teacher_prompt(context)")
+    return builder.teacher_prompt(context).to_ints()
 
 
 def _with_prompt(row: Row, length: int, prompt: list[int]) -> Row:

@@ -70,6 +70,8 @@ async def main(config: Config) -> Metrics:
     num_steps = config.num_steps(len(dataset))
     if num_steps == 0:
         raise DataError("the dataset has no batch to train on")
+    if config.distill.paths():
+        config.distill.check_groups(step_checks.batch(dataset, 0))
     if notice := step_checks.short_batches(config.env, dataset):
         print(notice, flush=True)
     if notice := step_checks.beyond_context(max_tokens, renderer.tokenizer):

@@ -79,8 +79,9 @@ class StepOutcome:
 async def train_step(
     learner: Learner, source: GroupSource, step: int, adam: AdamParams, metrics: Metrics
 ) -> StepOutcome:
-    """Trains on batch `step` and adds to `metrics`. A batch without a learning signal changes
-    nothing. Passes are only submitted here: the next groups are awaited while the last ones are
+    """Trains on batch `step` and adds to `metrics`. A batch without a row to train on changes nothing;
+    one whose advantages are all 0 is a step with a gradient of 0, in which AdamW follows its
+    momentum. Passes are only submitted here: the next groups are awaited while the last ones are
     trained on."""
     config, outcome = learner.config, StepOutcome()
     of_minibatches: list[Metrics] = []

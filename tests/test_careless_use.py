@@ -79,6 +79,14 @@ def test_labels_of_other_libraries_are_named(torch_service: ServiceClient, capsy
     for targets, said in [([2, 3, 1], 0), ([1, 2, 3], 1), ([1, 2, 3], 0)]:
         client.forward([Datum(tokens, {"target_tokens": targets, "weights": ones})], "cross_entropy").result()
         assert capsys.readouterr().out.count("the model learns to repeat each token") == said
+    # Trap: said of every run with a scalar model, which has no targets
+    _say_unshifted.cache_clear()
+    torch_service.create_scalar_client("micro").forward([Datum(tokens, {"weights": ones})], zero_loss).result()
+    assert capsys.readouterr().out == ""
+
+
+def zero_loss(scalars_N: torch.Tensor, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    return 0 * scalars_N, {}
 
 
 @chz.chz

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
+from envs.pairwise import PairwisePreferenceGroupBuilder
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.service_client import ServiceClient
@@ -110,6 +111,7 @@ def test_each_data_set_has_its_teacher_and_a_group_without_one_is_an_error(torch
         ({"teacher": "policy"}, "needs distill.context"),
         ({"teacher": "numerals"}, "its tokenizer has .* tokens, the policy's 260"),
         ({"teachers": {"arithmetic": "numerals"}}, "distill.teachers.arithmetic=.*: its tokenizer has"),
+        ({"teachers": {"code": "tiny"}}, r"no teacher for a group with the tags \['arithmetic'\]"),
     ],
 )
 def test_a_teacher_that_cannot_teach_is_refused_before_the_run(
@@ -119,6 +121,9 @@ def test_a_teacher_that_cannot_teach_is_refused_before_the_run(
     with pytest.raises(ConfigError, match=message):
         asyncio.run(train.main(arithmetic_run(tmp_path / "run", distill=Distillation(**settings))))
     assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match="PairwisePreferenceGroupBuilder has no teacher_prompt"):
+        other = PairwisePreferenceGroupBuilder([], None, None, 2)  # type: ignore[arg-type]
+        Distillation(teacher="tiny", context="a hint").check_groups([other])
     if settings.get("teacher") == str(numerals):
         data = ArithmeticExamplesBuilder(n_batches=1)
         off_policy = distill.Config(

@@ -80,6 +80,17 @@ def test_every_page_runs(tmp_path: Path):
     assert len(PAGES) >= 3 and done.returncode == 0, done.stderr[-3000:]
 
 
+def test_metrics_of_runs_are_on_their_page():
+    """Names that the loops write as one text, `optim/lr`, and the seconds that they take."""
+    folders = ("optim", "mismatch", "critic", "likelihood", "prm", "reward_model", "progress", "train", "test", "time")
+    files = [f for folder in ("rl", "supervised", "preference") for f in (ROOT / folder).glob("*.py")]
+    text = "".join(file.read_text() for file in files)
+    named = re.findall(rf'"(?:{"|".join(folders)})/([a-z_]+)"', text)
+    named += re.findall(r'timed\((?:minibatch_)?metrics, "([a-z_]+)"', text)
+    page = re.findall(r"[a-z_]+", "".join(re.findall(r"`[^`\n]+`", (ROOT / "docs" / "metrics.md").read_text())))
+    assert len(named) > 40 and set(named) - set(page) == set()
+
+
 def test_commands_in_docstrings_can_be_pasted():
     """A line has one command, which goes on in the next line after a backslash only."""
     command, second = (

@@ -1,5 +1,5 @@
-"""GSPO's loss by hand, by a second implementation, and as an algorithm of RL; data with different
-numbers of targets in one pass.
+"""GSPO's loss by hand, by a second implementation, and as an algorithm of RL; bounds of ratios that are
+refused; data with different numbers of targets in one pass.
 """
 
 # Trap: a sequence's ratio taken over a micro-batch, over the prompt, or over rows that share a prefix.
@@ -11,10 +11,11 @@ import pytest
 import torch
 
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.errors import DataError, NonFiniteError
+from posttrain.backend.data_checks import resolve_loss
+from posttrain.backend.errors import ConfigError, DataError, NonFiniteError
 from posttrain.backend.losses import LOSSES
 from posttrain.backend.trainer import Trainer
-from posttrain.backend.types import Datum, ModelInput
+from posttrain.backend.types import Datum, ModelInput, TensorData
 from tests.conftest import ROUNDING, full_logits, gradients, policy_data, rounded
 
 CLIP = {"clip_low_threshold": 0.95, "clip_high_threshold": 1.05}
@@ -117,6 +118,26 @@ def test_gspo_asks_which_tokens_a_ratio_is_of() -> None:
     data[2].loss_fn_inputs["sequence_ratio_mask"].array[:] = 0
     with pytest.raises(DataError, match="datum 2 has advantages"):
         trainer.run(data, "gspo")
+
+
+# Trap: torch's clamp gives the upper bound to every ratio where the lower is above it.
+@pytest.mark.parametrize("name", ["ppo", "gspo", "cispo"])
+def test_a_lower_bound_above_the_upper_is_refused(name: str) -> None:
+    data, trainer = policy_data(3), Trainer("micro", BackendConfig())
+    with pytest.raises(ConfigError, match="clip_low_threshold=1.2 is above clip_high_threshold=0.2"):
+        trainer.run(data, name, {"clip_low_threshold": 1.2, "clip_high_threshold": 0.2})
+    for datum in data:
+        datum.loss_fn_inputs["clip_high_threshold"] = TensorData(np.full(datum.model_input.length, 5.0))
+    data[2].loss_fn_inputs["clip_high_threshold"].array[-1] = 0.5
+    with pytest.raises(DataError, match="datum 2: clip_low_threshold is above clip_high_threshold at some token"):
+        trainer.run(data, name, {"clip_low_threshold": 0.8})
+
+
+# Trap: a penalty that becomes a reward for leaving the sampler.
+@pytest.mark.parametrize(("name", "option"), [("dro", "beta"), ("cispo", "clip_low_threshold")])
+def test_options_of_losses_are_not_negative(name: str, option: str) -> None:
+    with pytest.raises(ConfigError, match=f"loss_fn_config.{option}=-0.1 must be at least 0"):
+        resolve_loss(name, {option: -0.1})
 
 
 # --- different numbers of targets -------------------------------------------------------------------

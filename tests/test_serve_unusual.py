@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from posttrain.serve.state import State
+from posttrain.serve.state import Limits, State
 from tests.test_serve import Http, app_test, base_sampler, loss, sample_of, until
 from tests.test_serve import service as service  # the fixture
 from tests.tinker_messages import datum, pass_body
@@ -44,6 +44,26 @@ async def test_fields_that_would_be_ignored_are_refused_by_name(http: Http, stat
     await http.send(pass_body(model_id, 1, [datum()]))
     step = await http.call("optim_step", model_id=model_id, seq_id=2, adam_params={"lr": 0.1, "beta1": None})
     assert "lr" in await error_of(http, step)
+
+
+# Trap: the requests after a refused one wait a minute for its number, and fail.
+@app_test
+async def test_a_refused_request_uses_its_number_up(http: Http, state: State) -> None:
+    state.limits = Limits(gap_seconds=0.3)
+    model_id = await http.model(rank=4)
+    refused: list[tuple[str, str, dict[str, Any]]] = [
+        ("save_weights", "overwrite", {"path": "a", "overwrite": "yes"}),
+        ("save_weights_for_sampler", "sampling_session_seq_id", {"sampling_session_seq_id": "x"}),
+        ("save_weights_external", "encrypt", {"path": "b", "age_encryption_recipients": ["age1"]}),
+        ("load_weights", "path", {"path": 5}),
+        ("load_weights", "optimizer", {"path": "tinker://x/weights/a", "optimizer": "no"}),
+        ("optim_step", "lr", {"adam_params": {"lr": 1}}),
+    ]
+    for seq_id, (endpoint, says, fields) in enumerate(refused, start=1):
+        answer = await http.call(endpoint, model_id=model_id, seq_id=seq_id, **fields)
+        assert says in await error_of(http, answer)
+    good = await http.send(pass_body(model_id, len(refused) + 1, [datum()]))
+    assert loss(await http.result(good)) > 0
 
 
 @app_test

@@ -16,7 +16,8 @@ from posttrain.backend.types import Datum, ModelInput
 
 ROUNDED = 0.01  # above 0: by which rounding may move the logprob of a certain token
 # What a named loss may read besides the arrays that it needs: of another shape, torch would multiply each with each.
-PER_TARGET = ("clip_low_threshold", "clip_high_threshold", "sequence_ratio_mask")
+THRESHOLDS = ("clip_low_threshold", "clip_high_threshold")
+PER_TARGET = (*THRESHOLDS, "sequence_ratio_mask")
 
 
 def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
@@ -40,7 +41,28 @@ def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
     for name, value in (loss_fn_config or {}).items():
         if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
             raise ConfigError(f"loss_fn_config.{name}={value!r}: a number is needed")
+        if value < 0:  # a bound of a ratio, or the weight of a penalty, which would become a reward
+            raise ConfigError(f"loss_fn_config.{name}={value!r} must be at least 0")
     return loss
+
+
+def check_thresholds(loss: Loss, loss_fn_config: dict | None, data_D: Sequence[Datum], first: int = 0) -> None:
+    """ConfigError, or DataError for a Datum, where a ratio's lower bound is above its upper: torch would take
+    the upper for every ratio."""
+    options = inspect.signature(loss.fn).parameters
+    if not loss.required or not options.keys() >= set(THRESHOLDS):
+        return
+    low, high = bounds = [(loss_fn_config or {}).get(name, options[name].default) for name in THRESHOLDS]
+    about = "they bound the ratio of probabilities: for an epsilon of 0.2 give 0.8 and 1.2"
+    if low > high:
+        raise ConfigError(f"clip_low_threshold={low} is above clip_high_threshold={high}: {about}")
+    if not any(name in data_D[0].loss_fn_inputs for name in THRESHOLDS):
+        return
+    for d, datum in enumerate(data_D, start=first):
+        given = [datum.loss_fn_inputs.get(name) for name in THRESHOLDS]
+        low_T, high_T = (bound if at is None else at.array for bound, at in zip(bounds, given, strict=True))
+        if np.any(low_T > high_T):
+            raise DataError(f"datum {d}: clip_low_threshold is above clip_high_threshold at some token: {about}")
 
 
 def check_kinds(data_D: object) -> None:

@@ -6,7 +6,7 @@ billing, copies, server-side custom losses.
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -17,13 +17,14 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from posttrain.backend.errors import CookbookError, DataError
+from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, LoraConfig, SamplingParams
 from posttrain.serve.body import Body, BodyError, body_of, decompressed, page
 from posttrain.serve.checkpoint_endpoints import CHECKPOINT_ENDPOINTS
 from posttrain.serve.guard import MOST_BODY_BYTES, Guard
 from posttrain.serve.openai_api import no_endpoint, openai_routes
 from posttrain.serve.openai_models import PublicModels
-from posttrain.serve.requests import Request
+from posttrain.serve.requests import Answer, Request
 from posttrain.serve.sdk_versions import check_version
 from posttrain.serve.state import MOST_SAMPLES, MOST_TOPK, BusyError, SampleOptions, State, UnknownError
 from posttrain.serve.store import UnknownPathError
@@ -96,6 +97,22 @@ async def _broken(request: HttpRequest, error: Exception) -> Response:
 
 def _accepted(request: Request) -> Response:
     return JSONResponse({"request_id": request.id})
+
+
+@contextlib.contextmanager
+def _used_up(state: State, model_id: str, seq_id: int) -> Iterator[None]:
+    """A request that is refused here takes its number with it: its client goes on with the next, which would
+    wait for this one, and fail."""
+    try:
+        yield
+    except BodyError as error:
+        refused = error
+
+        async def start(client: TrainingClient) -> Answer:
+            raise refused
+
+        state.submit(model_id, seq_id, start)
+        raise
 
 
 # --- sessions and configuration ------------------------------------------------------------------
@@ -180,9 +197,12 @@ async def create_model(state: State, request: HttpRequest) -> Response:
 
 async def load_weights(state: State, request: HttpRequest) -> Response:
     body = await body_of(request)
-    path, with_optimizer = body.text("path"), body.flag("optimizer", False)
     if model_id := body.text("model_id", None):
-        return _accepted(state.load(model_id, body.integer("seq_id", least=1), path, with_optimizer))
+        seq_id = body.integer("seq_id", least=1)
+        with _used_up(state, model_id, seq_id):
+            path, with_optimizer = body.text("path"), body.flag("optimizer", False)
+        return _accepted(state.load(model_id, seq_id, path, with_optimizer))
+    path, with_optimizer = body.text("path"), body.flag("optimizer", False)
     session, number = state.session(body.text("session_id")), body.integer("model_seq_id")
     if repeated := state.created(session, number):
         return _accepted(repeated)
@@ -236,13 +256,14 @@ async def save_weights(kind: str, state: State, request: HttpRequest) -> Respons
     body = await body_of(request)
     model_id, seq_id = body.text("model_id"), body.integer("seq_id", least=1)
     name = body.fields.get("path")
-    if kind == "sampler_weights" and name is None:
-        follow = body.text("kind", "snapshot") == "inflight"
-        return _accepted(state.snapshot(model_id, seq_id, body.integer("sampling_session_seq_id", seq_id), follow))
-    if body.fields.get("age_encryption_recipients"):
-        raise BodyError("age_encryption_recipients: this server writes weights as they are, not encrypted")
-    overwrite = kind != "weights" or body.flag("overwrite", False)
-    ttl_seconds, metadata = body.fields.get("ttl_seconds"), body.texts("user_metadata")
+    with _used_up(state, model_id, seq_id):
+        if kind == "sampler_weights" and name is None:
+            follow = body.text("kind", "snapshot") == "inflight"
+            return _accepted(state.snapshot(model_id, seq_id, body.integer("sampling_session_seq_id", seq_id), follow))
+        if body.fields.get("age_encryption_recipients"):
+            raise BodyError("age_encryption_recipients: this server writes weights as they are, not encrypted")
+        overwrite = kind != "weights" or body.flag("overwrite", False)
+        ttl_seconds, metadata = body.fields.get("ttl_seconds"), body.texts("user_metadata")
     return _accepted(state.save(model_id, seq_id, kind, name, ttl_seconds, overwrite, metadata))
 
 
