@@ -5,6 +5,7 @@ shows nothing of it.
 import asyncio
 import gc
 import json
+import os
 import resource
 import tracemalloc
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ from posttrain.serve.app import create_app
 from posttrain.serve.bases import open_bases
 from posttrain.serve.requests import Answer, Requests
 from posttrain.serve.state import State
-from posttrain.serve.store import Store
+from posttrain.serve.store import Run, Store
 from posttrain.tracking import transcript_index
 from posttrain.tracking.jsonl import drop_torn_line, read_jsonl, read_last_records
 from posttrain.tracking.metrics_log import last_metrics, read_last_metrics, read_metrics
@@ -134,6 +135,22 @@ def _is_kept(name: str, value: object) -> bool:
     return name != "bases" and not isinstance(value, Requests) and hasattr(value, "__len__") and len(value) > 0  # type: ignore[arg-type]
 
 
+def test_a_page_of_runs_does_not_look_through_all_checkpoints_for_each(
+    state: State, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, looked = state.store, []
+    for number in range(9):
+        store.add_run(Run(f"r{number}", "m", False, None, True, True, f"{number}"))
+        for name in "ab"[: number % 3]:
+            with store.writing(f"r{number}", "weights", name, None, None, overwrite=False) as folder:
+                folder.mkdir(parents=True)
+    all_of_them = Store.all
+    monkeypatch.setattr(Store, "all", lambda store: looked.append(1) or all_of_them(store))
+    runs = asyncio.run(Http(create_app(state)).call("training_runs", "GET")).json()["training_runs"]
+    last = [run.get("last_checkpoint", {}).get("checkpoint_id") for run in runs]
+    assert last == ["weights/b", "weights/a", None] * 3 and len(looked) == 1
+
+
 def test_answers_beyond_the_bytes_are_not_sorted_again_for_each_request(monkeypatch: pytest.MonkeyPatch) -> None:
     sorts: list[int] = []
     counted = lambda *args, **how: sorts.append(1) or sorted(*args, **how)  # noqa: E731
@@ -192,6 +209,8 @@ def test_the_last_records_of_a_file_are_those_of_the_whole(tmp_path: Path) -> No
 def test_a_page_of_iterations_ends_after_the_latest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transcript_index, "ROWS", 3)
     monkeypatch.setattr(transcript_index, "read_dataclasses", None)  # a step does not read all entries
+    for listing in ("listdir", "scandir"):  # nor list the pages
+        monkeypatch.setattr(os, listing, None)
     for step in range(9):
         update_index(tmp_path, IndexEntry(step, 0.5, 1, 0, 1.0))
     page = (tmp_path / "index.html").read_text()
