@@ -185,6 +185,22 @@ def test_a_sampler_remembers_few_of_the_stops_it_is_asked_for(tmp_path: Path, mo
         assert engine._engine._known_stop.cache_info().currsize == 4
 
 
+def test_an_engine_keeps_no_event_loop_that_has_ended(tmp_path: Path) -> None:
+    # Trap: of settling, which an engine on a GPU does not, it noted each loop that asked it, and never looked
+    loops = []
+    with ServiceClient(BackendConfig(engine="torch", reproducible=False), tmp_path) as service:
+        sampler = service.create_sampling_client(base_model="micro")
+
+        async def ask() -> None:
+            loops.append(weakref.ref(asyncio.get_running_loop()))
+            await sampler.sample_async(ModelInput.from_ints(TOKENS), 1, SamplingParams(max_tokens=1, seed=0))
+
+        for _ in range(3):
+            asyncio.run(ask())
+        gc.collect()
+        assert [loop() for loop in loops[:-1]] == [None, None]
+
+
 def test_a_process_may_open_as_many_files_as_the_machine_lets_it() -> None:
     # Trap: 1024 is a usual limit, a thousand connections take it up, and then no checkpoint can be written
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
