@@ -334,7 +334,7 @@ class EngineThread:
             if refused := refusal(item.policy, item.version, item.keep, self._loaded):
                 item.future.fail(refused)
             else:
-                self._unsettled.add(item.loop)
+                self._wait_for(item)
                 self._waiting[item] = None
 
     def _take_turns(self) -> None:
@@ -416,11 +416,16 @@ class EngineThread:
             call = self._calls.pop(request)
             call.done[request] = sampled
             if len(call.done) == len(call.requests):
-                self._unsettled.add(call.loop)
+                self._wait_for(call)
                 if failures := [done.failure for done in call.done.values() if done.failure]:
                     call.future.fail(EngineError(f"the engine gave a sequence up: {failures[0]}"))
                 else:
                     call.future.succeed(call.answer(_response(call)))
+
+    def _wait_for(self, call: _Call) -> None:
+        """Until its caller has settled."""
+        if self._deterministic:
+            self._unsettled.add(call.loop)
 
     def _settle(self) -> None:
         """Returns when every caller answered in the last step has had time to submit again.

@@ -4,6 +4,7 @@ addresses that need no key.
 
 import secrets
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,15 @@ from starlette.responses import FileResponse, JSONResponse, Response
 
 from posttrain.serve.body import body_of, page
 from posttrain.serve.state import State, UnknownError
-from posttrain.serve.store import Checkpoint
+from posttrain.serve.store import Checkpoint, Run
 
 EXTERNAL_SECONDS = 3600.0
 
 
-def _run_record(state: State, run_id: str) -> dict[str, Any]:
-    run = state.store.run(run_id)
+def _run_record(run: Run, checkpoints: Iterable[Checkpoint]) -> dict[str, Any]:
+    """`checkpoints`: the run's, oldest first."""
     record = {
-        "training_run_id": run_id,
+        "training_run_id": run.training_run_id,
         "base_model": run.base_model,
         "model_owner": "local",
         "is_lora": run.is_lora,
@@ -30,7 +31,7 @@ def _run_record(state: State, run_id: str) -> dict[str, Any]:
         "last_request_time": run.last_request_time,
         "user_metadata": run.user_metadata,
     }
-    for checkpoint in state.store.of_run(run_id):
+    for checkpoint in checkpoints:
         if checkpoint.kind != "external_weights":  # SDKs before 0.30 do not know them
             key = "last_sampler_checkpoint" if checkpoint.kind == "sampler_weights" else "last_checkpoint"
             record[key] = checkpoint.record()
@@ -40,7 +41,10 @@ def _run_record(state: State, run_id: str) -> dict[str, Any]:
 async def training_runs(state: State, request: HttpRequest) -> Response:
     limit, offset = page(request, 20)
     newest = sorted(state.store.runs.values(), key=lambda run: run.last_request_time, reverse=True)
-    records = [_run_record(state, run.training_run_id) for run in newest[offset : offset + limit]]
+    of_runs: dict[str, list[Checkpoint]] = {}
+    for checkpoint in state.store.all():  # once: the page may have as many runs as there are checkpoints
+        of_runs.setdefault(checkpoint.run.training_run_id, []).append(checkpoint)
+    records = [_run_record(run, of_runs.get(run.training_run_id, ())) for run in newest[offset : offset + limit]]
     return JSONResponse({"training_runs": records, "cursor": _cursor(limit, offset, len(newest))})
 
 
@@ -49,7 +53,8 @@ def _cursor(limit: int, offset: int, total: int) -> dict[str, int]:
 
 
 async def training_run(state: State, request: HttpRequest) -> Response:
-    return JSONResponse(_run_record(state, request.path_params["run_id"]))
+    run = state.store.run(request.path_params["run_id"])
+    return JSONResponse(_run_record(run, state.store.of_run(run.training_run_id)))
 
 
 async def checkpoints_of_run(state: State, request: HttpRequest) -> Response:

@@ -96,6 +96,7 @@ class Requests:
         error = asyncio.CancelledError() if task.cancelled() else task.exception()
         answer = failure(error, self._clean) if error else task.result()
         self._unanswered -= 1
+        request.task = None  # a failed one's traceback keeps its client, and so the weights of a session that has ended
         request.answer, request.drop_at = answer, time.monotonic() + UNFETCHED_SECONDS
         self._bytes += len(answer.body)
         request.done.set()

@@ -19,6 +19,7 @@ from posttrain.tracking.metrics_log import format_number
 from posttrain.tracking.pages import html_page, table
 
 ROWS = 1000  # of the page: a step of a long run writes no more than one of a short run
+EVALUATIONS = "test"  # the folder of their pages. Not searched for: the pages of training beside it may be many
 
 
 @dataclass
@@ -52,7 +53,7 @@ def _page(folder: Path, entries: list[IndexEntry]) -> str:
     rewards = [entry.mean_reward for entry in entries if entry.mean_reward is not None]
     low, high = min(rewards, default=0.0), max(rewards, default=0.0)
     rows = [_row(entry, min(low, 0.0), high) for entry in reversed(entries)]
-    links = [(f"{other.parent.name}/index.html", other.parent.name) for other in sorted(folder.glob("*/index.html"))]
+    links = [(f"{EVALUATIONS}/index.html", EVALUATIONS)] if (folder / EVALUATIONS / "index.html").exists() else []
     links += [("../index.html", folder.parent.name)] if (folder.parent / "index.jsonl").exists() else []
     shown = f"the last {ROWS}" if len(entries) == ROWS else len(entries)
     columns = ("iteration", "mean reward", "", "rollouts", "failed", "turns")
