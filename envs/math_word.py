@@ -97,10 +97,14 @@ class WordProblems(ProblemSet):
     )
     tag: str = chz.field(default="math", doc="name under which metrics are logged too")
 
+    def path_of(self, split: Split) -> str | None:
+        return self.train_path if split == "train" else self.test_path
+
     def rows(self, split: Split) -> Iterable[Row]:
+        if path := self.path_of(split):
+            return read_rows(path)
         if self.train_path:
-            path = self.train_path if split == "train" else self.test_path
-            return read_rows(path) if path else ()
+            return ()
         if not self.hub_name:
             raise ConfigError("give train_path=FILE.jsonl or hub_name=OWNER/DATASET")
         hub_split = self.train_split if split == "train" else self.test_split
@@ -155,7 +159,7 @@ class HendrycksMath(WordProblems):
     subsets: tuple[str, ...] = chz.field(default=MATH_SUBSETS, doc="subjects of the hub's data set")
 
     def rows(self, split: Split) -> Iterable[Row]:
-        if self.train_path or self.hub_name:
+        if self.train_path or self.hub_name or self.path_of(split):
             yield from super().rows(split)
             return
         held_out = list(read_hub("HuggingFaceH4/MATH-500", None, "test"))
@@ -182,7 +186,9 @@ class Gsm8k(WordProblems):
     tag: str = chz.field(default="gsm8k", doc="name under which metrics are logged too")
 
     def rows(self, split: Split) -> Iterable[Row]:
-        return super().rows(split) if self.data_dir is None else read_rows(f"{self.data_dir}/{split}.jsonl")
+        if self.data_dir is None or self.path_of(split):
+            return super().rows(split)
+        return read_rows(f"{self.data_dir}/{split}.jsonl")
 
 
 @chz.chz
