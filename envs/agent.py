@@ -12,7 +12,7 @@ from typing import Any
 
 import chz
 
-from envs.problem import Problem, ProblemSet
+from envs.problem import Problem, ProblemSet, awaited
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT
 from posttrain.renderers import get_text_content
@@ -45,8 +45,7 @@ class ProblemReward:
 
     async def __call__(self, run: AgentRun) -> float:
         if self.function:
-            value = self.function(self.problem, run)
-            return await value if isinstance(value, Awaitable) else value
+            return await awaited(self.function(self.problem, run))
         text = get_text_content(run.conversations[-1][-1]) if run.result is None else str(run.result)
         grade = await self.problem.graded(text.strip())
         return float(grade.correct) if grade.credit is None else grade.credit

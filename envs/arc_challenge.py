@@ -16,11 +16,11 @@ from typing import Any
 import chz
 
 from envs.graders import StatedText, normalised
-from envs.math_word import read_hub
 from envs.problem import Grader, Problem, ProblemSet, Split
 from envs.problem_env import ProblemSetBuilder
 from posttrain.backend.errors import DataError
 from supervised.rows import Fields, read_rows, text_of
+from supervised.table_rows import table_rows
 
 ANSWER_PHRASE = "The answer is"
 # also (B) and **B**, and no letter of "A or B"
@@ -110,7 +110,7 @@ class ArcChallenge(ProblemSet):
         rows = (
             read_rows(f"{self.data_dir}/{split}.jsonl")
             if self.data_dir
-            else read_hub("allenai/ai2_arc", "ARC-Challenge", split)
+            else table_rows("allenai/ai2_arc", "ARC-Challenge", split)
         )
         return [self.problem(where, row) for where, row in islice(rows, limit)]
 

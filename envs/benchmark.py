@@ -8,7 +8,6 @@ from typing import Any
 
 import chz
 
-from envs.math_word import read_hub
 from envs.problem import Problem, Split
 from envs.problem_env import ProblemSetBuilder
 from posttrain.backend.errors import ConfigError, DataError
@@ -16,13 +15,14 @@ from posttrain.backend.ranges import WHOLE
 from posttrain.renderers.types import Renderer
 from rl.types import RLDataset
 from supervised.rows import Fields, Row, read_rows
+from supervised.table_rows import table_rows
 
 
 def read_split(path: str | None, hub_name: str, subset: str | None, split: str) -> Sequence[Row]:
     """The rows of a JSONL file, of SPLIT.jsonl or another data set in a folder, or of the hub.
     DataError, with what is there, if the split is missing."""
     if path is None:
-        return list(read_hub(hub_name, subset, split))
+        return table_rows(hub_name, subset, split)
     folder = Path(path).expanduser()
     if not folder.is_dir():
         return read_rows(path)
@@ -30,7 +30,7 @@ def read_split(path: str | None, hub_name: str, subset: str | None, split: str) 
         return read_rows(file)
     if files := sorted(other.name for other in folder.glob("*.jsonl")):
         raise DataError(f"{path} has no {file.name}; it has {', '.join(files)}: give one of them, or its split")
-    return list(read_hub(path, subset, split))
+    return table_rows(path, subset, split)
 
 
 def list_of(where: str, row: Fields, name: str, kind: type = str) -> list[Any]:

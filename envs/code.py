@@ -198,15 +198,13 @@ class CodeProblems(ProblemSet):
     limits: SandboxLimits = chz.field(default_factory=SandboxLimits, doc="limits of one run of a program")
 
     def read(self, split: Split, limit: int | None) -> list[Problem]:
-        problems = self._read_file(split) if self.train_path else self._generated(split)
+        path = self.train_path if split == "train" else self.test_path
+        rows, is_generated = read_rows(path) if path else [], not (path or self.train_path)
+        problems = self._generated(split) if is_generated else [read_problem(*row) for row in rows]
         return [
             replace(p, grader=replace(p.grader, limits=self.limits, partial_credit=self.partial_credit))  # type: ignore[type-var]
             for p in problems[:limit]
         ]
-
-    def _read_file(self, split: Split) -> list[Problem]:
-        path = self.train_path if split == "train" else self.test_path
-        return [read_problem(*row) for row in read_rows(path)] if path else []
 
     def _generated(self, split: Split) -> list[Problem]:
         problems, num_test = generated_problems(), self.num_test
@@ -227,7 +225,7 @@ class CodeBuilder(CodeProblems, ProblemSetBuilder):
     )
 
     def recommended_max_tokens(self) -> int:
-        return 512 if self.train_path else 80
+        return 512 if self.train_path or self.test_path else 80
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         isolation = await check_limits(self.limits)  # fails here on a machine without a sandbox

@@ -7,7 +7,7 @@ the question alone, as in supervised training. Left out: tool use, process rewar
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import islice
 from typing import Literal
@@ -20,8 +20,8 @@ from envs.problem import Grader, Problem, ProblemSet, Split
 from envs.problem_env import ProblemSetBuilder
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import POSITIVE
-from supervised.data import HuggingFaceBuilder
 from supervised.rows import Fields, Row, read_rows, text_of
+from supervised.table_rows import table_rows
 
 MATH_SUBSETS = ("algebra", "counting_and_probability", "geometry", "intermediate_algebra", "number_theory")
 MATH_SUBSETS += ("prealgebra", "precalculus")
@@ -62,10 +62,6 @@ def strip_calculator_marks(text: str) -> str:
     return re.sub(r"<<[^<>]*>>", "", text)
 
 
-def read_hub(name: str, config: str | None, split: str) -> Iterator[Row]:
-    yield from HuggingFaceBuilder(name=name, subset=config, split=split).rows()[0]
-
-
 @chz.chz
 class WordProblems(ProblemSet):
     """Problems from `train_path` and `test_path`, or from `hub_name`. Defaults are those of MATH."""
@@ -97,14 +93,18 @@ class WordProblems(ProblemSet):
     )
     tag: str = chz.field(default="math", doc="name under which metrics are logged too")
 
+    def path_of(self, split: Split) -> str | None:
+        return self.train_path if split == "train" else self.test_path
+
     def rows(self, split: Split) -> Iterable[Row]:
+        if path := self.path_of(split):
+            return read_rows(path)
         if self.train_path:
-            path = self.train_path if split == "train" else self.test_path
-            return read_rows(path) if path else ()
+            return ()
         if not self.hub_name:
             raise ConfigError("give train_path=FILE.jsonl or hub_name=OWNER/DATASET")
         hub_split = self.train_split if split == "train" else self.test_split
-        return read_hub(self.hub_name, self.hub_config, hub_split) if hub_split else ()
+        return table_rows(self.hub_name, self.hub_config, hub_split) if hub_split else ()
 
     def read(self, split: Split, limit: int | None) -> list[Problem]:
         problems: list[Problem] = []
@@ -155,17 +155,17 @@ class HendrycksMath(WordProblems):
     subsets: tuple[str, ...] = chz.field(default=MATH_SUBSETS, doc="subjects of the hub's data set")
 
     def rows(self, split: Split) -> Iterable[Row]:
-        if self.train_path or self.hub_name:
+        if self.train_path or self.hub_name or self.path_of(split):
             yield from super().rows(split)
             return
-        held_out = list(read_hub("HuggingFaceH4/MATH-500", None, "test"))
+        held_out = table_rows("HuggingFaceH4/MATH-500", None, "test")
         if split == "test":
             yield from held_out
             return
         questions = {fields["problem"] for _, fields in held_out}
         for subset in self.subsets:
             for part in ("train", "test"):
-                rows = read_hub("EleutherAI/hendrycks_math", subset, part)
+                rows = table_rows("EleutherAI/hendrycks_math", subset, part)
                 yield from (row for row in rows if row[1].get("problem") not in questions)
 
 
@@ -182,7 +182,9 @@ class Gsm8k(WordProblems):
     tag: str = chz.field(default="gsm8k", doc="name under which metrics are logged too")
 
     def rows(self, split: Split) -> Iterable[Row]:
-        return super().rows(split) if self.data_dir is None else read_rows(f"{self.data_dir}/{split}.jsonl")
+        if self.data_dir is None or self.path_of(split):
+            return super().rows(split)
+        return read_rows(f"{self.data_dir}/{split}.jsonl")
 
 
 @chz.chz

@@ -18,7 +18,6 @@ from posttrain.renderers.types import Message
 from preference import rows as shapes
 from preference.rows import ScoredSample
 from preference.types import Comparison, ComparisonDatasetBuilder, LabeledComparison
-from supervised.data import HuggingFaceBuilder
 from supervised.rows import (
     JSON_ENDS,
     Fields,
@@ -30,6 +29,7 @@ from supervised.rows import (
     system_of,
     tools_of,
 )
+from supervised.table_rows import file_rows, table_rows
 
 T = TypeVar("T")
 
@@ -113,11 +113,11 @@ def cleaned(
                 f"{labeled.where}: {fault}"
                 + (f"; {fault.split()[0]}=drop leaves such pairs out" if fault in option else "")
             )
-        fault = fault or ("duplicates" if _judgement(labeled) in kept else "")
-        if fault:
-            dropped[fault] += 1
+        judgement = _judgement(labeled)
+        if fault or judgement in kept:
+            dropped[fault or "duplicates"] += 1
         else:
-            kept[_judgement(labeled)] = labeled
+            kept[judgement] = labeled
     return list(kept.values()), dropped
 
 
@@ -187,7 +187,7 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
     subset: str | None = chz.field(default=None, doc="configuration of the hub dataset")
     split: str = chz.field(default="train", doc="split to train on (not of a JSON file)")
     test_split: str | None = chz.field(default=None, doc="split held out (not of a JSON file)")
-    test_path: str | None = chz.field(default=None, doc="held-out JSONL file")
+    test_path: str | None = chz.field(default=None, doc="held-out file: JSONL, JSON or Parquet; in place of test_split")
     identical: Literal["drop", "raise"] = chz.field(default="drop", doc="pairs whose two answers are the same")
     empty: Literal["drop", "raise"] = chz.field(default="raise", doc="pairs with an empty answer")
     malformed: Literal["drop", "raise"] = chz.field(
@@ -221,11 +221,10 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
         if self.test_size:
             train, test = split_by_prompt(train, self.test_size, self.split_seed)
         test_prompts = {prompt_hash(labeled) for labeled in test}
-        overlapping = sum(prompt_hash(labeled) in test_prompts for labeled in train)
-        if overlapping:
-            train = [labeled for labeled in train if prompt_hash(labeled) not in test_prompts]
+        apart = [labeled for labeled in train if prompt_hash(labeled) not in test_prompts]
+        if overlapping := len(train) - len(apart):
             dropped["training pairs on held-out prompts"] += overlapping
-        return self._reported(train, test, dropped)
+        return self._reported(apart, test, dropped)
 
     def _clean(self, rows: Sequence[Row], dropped: Counter[str]) -> list[LabeledComparison]:
         comparisons = self.comparisons(rows, dropped if self.malformed == "drop" else None)
@@ -236,11 +235,12 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
     def _rows(self) -> tuple[Sequence[Row], Sequence[Row]]:
         if self.test_size and (self.test_split or self.test_path):
             raise ConfigError(f"test_size={self.test_size} and a held-out set: give one of them")
-        if self.path.endswith(JSON_ENDS):
-            return read_rows(self.path), read_rows(self.test_path) if self.test_path else []
-        return HuggingFaceBuilder(
-            name=self.path, subset=self.subset, split=self.split, test_split=self.test_split
-        ).rows()
+        is_json = self.path.endswith(JSON_ENDS)
+        train = read_rows(self.path) if is_json else table_rows(self.path, self.subset, self.split)
+        if self.test_path:
+            return train, file_rows(self.test_path)
+        test_split = None if is_json else self.test_split
+        return train, table_rows(self.path, self.subset, test_split) if test_split else []
 
     def _reported(
         self, train: list[LabeledComparison], test: list[LabeledComparison], dropped: Counter[str]

@@ -28,6 +28,7 @@ from posttrain.backend.types import (
 from posttrain.renderers.types import Tokenizer
 from posttrain.tracking.metrics_log import Metrics
 from rl.data_processing import Row, sampled_in_time, split_by_row
+from rl.kl import discounted
 from rl.metrics import TokenMean
 from rl.types import Trajectory, TrajectoryGroup
 
@@ -82,11 +83,8 @@ class CriticConfig:
 
 def gae(rewards_N: np.ndarray, values_N: np.ndarray, discount: float, gae_lambda: float) -> np.ndarray:
     """(N,) advantages of a trajectory's sampled tokens; the value after the last is 0."""
-    next_N = np.append(values_N[1:], 0.0)
-    delta_N, advantages_N, running = rewards_N + discount * next_N - values_N, np.zeros(len(values_N)), 0.0
-    for t in reversed(range(len(values_N))):
-        advantages_N[t] = running = delta_N[t] + discount * gae_lambda * running
-    return advantages_N
+    delta_N = rewards_N + discount * np.append(values_N[1:], 0.0) - values_N
+    return discounted(delta_N, discount * gae_lambda)
 
 
 def token_rewards(trajectory: Trajectory, final: float) -> np.ndarray:

@@ -5,7 +5,7 @@ Left out: streaming from sets whose tokens, 8 bytes each, do not fit into memory
 
 import json
 from collections.abc import Sequence
-from functools import lru_cache, partial
+from functools import partial
 from typing import Literal
 
 import chz
@@ -14,7 +14,7 @@ import numpy as np
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import POSITIVE, WHOLE
 from posttrain.backend.types import Datum
-from posttrain.renderers import with_tools
+from posttrain.renderers import with_tools_as_json
 from posttrain.renderers.turns import bos, encode_text, eos
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
 from posttrain.tracking.datasets import ListDataset, held_out
@@ -61,12 +61,7 @@ def render(
 def offering(fields: Fields, renderer: Renderer) -> Renderer:
     """The renderer with the tools of a row."""
     tools = tools_of(fields)
-    return _with_tools(renderer, json.dumps(tools)) if tools else renderer
-
-
-@lru_cache(maxsize=256)  # most rows of a set have the same tools
-def _with_tools(renderer: Renderer, tools: str) -> Renderer:
-    return with_tools(renderer, json.loads(tools))
+    return with_tools_as_json(renderer, json.dumps(tools)) if tools else renderer
 
 
 class MixtureDataset(ListDataset[Datum]):

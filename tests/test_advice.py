@@ -111,7 +111,7 @@ def test_math_is_trained_on_without_math500(monkeypatch):
         questions = ["What is 1 + 1?", f"{subset} {split}?"]
         return [(f"{subset}:{i}", {"problem": q, "solution": r"\boxed{3}"}) for i, q in enumerate(questions)]
 
-    monkeypatch.setattr(math_word, "read_hub", hub)
+    monkeypatch.setattr(math_word, "table_rows", hub)
     train, test = MathBuilder(subsets=("algebra", "geometry")).splits()
     assert [problem.question for problem in test] == ["What is 1 + 1?"]
     assert [p.question for p in train] == ["algebra train?", "algebra test?", "geometry train?", "geometry test?"]

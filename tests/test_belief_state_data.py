@@ -9,6 +9,8 @@ from typing import Any
 
 import chz
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from posttrain.backend.errors import CheckpointError, ConfigError, DataError, ModelError
@@ -135,6 +137,9 @@ def test_any_file_of_documents_is_read_and_split(tmp_path):
     assert sorted([*train, *test]) == sorted(told) and len(test) == 10
     train, test = TextData(source=str(tmp_path / "b.txt"), test_path=str(tmp_path / "held.txt"), **base).texts()
     assert test == told[:1] and train == told[1:]  # a held-out text is not trained on
+    pyarrow.parquet.write_table(pyarrow.table({"text": told[:1]}), tmp_path / "held.parquet")
+    for held_out in ("held.txt", "held.parquet"):  # Trap: passed over beside generated stories
+        assert TextData(num_stories=3, test_path=str(tmp_path / held_out)).texts()[1] == told[:1]
     whole = TextData(num_stories=300, block_size=128).text_set()
     lengths = [len(tokens_T) for tokens_T in encode_documents(whole.tokenizer, generate(300, seed=0))]
     assert min(lengths) <= 126 < max(lengths) and whole.train.tokens.size == sum(

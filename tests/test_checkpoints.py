@@ -313,14 +313,19 @@ def test_the_disk_is_checked_before_a_run(
         assert size == pytest.approx(client.checkpoint_bytes(), rel=0.15)
     usage = SimpleNamespace(free=1_000_000_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    check_disk_space(tmp_path, 200_000_000, save_every=5, keep=3, existing=0)
+    check_disk_space(tmp_path, 200_000_000, {"steps": 5}, keep=3, existing=0)
     assert (
         "200 MB each, every 5 steps and at the end; the last 3 and `final` are kept; 1 GB free"
         in capsys.readouterr().out
     )
-    check_disk_space(tmp_path, 400_000_000, save_every=5, keep=3, existing=0)
-    assert "warning: up to 2 GB more will be needed" in capsys.readouterr().out
-    check_disk_space(tmp_path, 400_000_000, save_every=5, keep=3, existing=4)
+    for every, when in (
+        ({"steps": 5}, "5 steps"),
+        ({"steps": 0, "minutes": 0.5, "tokens": 10**7}, "0.5 minutes or 10,000,000 tokens"),
+    ):
+        check_disk_space(tmp_path, 400_000_000, every, keep=3, existing=0)
+        printed = capsys.readouterr().out
+        assert f"400 MB each, every {when}" in printed and "warning: up to 2 GB more will be needed" in printed
+    check_disk_space(tmp_path, 400_000_000, {"steps": 5}, keep=3, existing=4)
     assert "warning" not in capsys.readouterr().out
     usage.free = 100_000
     run = open_run_folder(tmp_path / "run", "raise", None)

@@ -5,6 +5,7 @@ and what is held out.
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet
 import pytest
 
 from posttrain.backend.errors import ConfigError, DataError
@@ -193,6 +194,19 @@ def test_whole_prompts_are_held_out_whatever_the_order(tmp_path: Path, capsys: p
     ) and "1 training pairs on held-out prompts dropped" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="give one of them"):
         ChosenRejectedBuilder(path=path, test_path=held_out, test_size=1)()
+
+
+# Trap: a held-out file beside a Parquet file, passed over in silence.
+def test_a_held_out_file_is_read_beside_any_form_of_the_training_data(tmp_path: Path) -> None:
+    rows = [{"prompt": p, "chosen": "x", "rejected": "y"} for p in ("p", "q", "r")]
+    paths = [write(tmp_path / "a.jsonl", *rows[:2]), str(tmp_path / "a.parquet")]
+    held_out = [write(tmp_path / "b.jsonl", rows[2]), str(tmp_path / "b.parquet")]
+    for path, kept in ((paths[1], rows[:2]), (held_out[1], rows[2:])):
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(kept), path)
+    for path in paths:
+        for test_path in held_out:
+            train, test = ChosenRejectedBuilder(path=path, test_path=test_path, test_split="train")()
+            assert [len(train), [one.comparison.prompt_conversation[0]["content"] for one in test]] == [2, ["r"]]
 
 
 def test_pairs_in_tokens_share_the_prompt_and_weigh_the_answer(capsys: pytest.CaptureFixture[str]) -> None:

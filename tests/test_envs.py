@@ -13,7 +13,8 @@ import pytest
 
 from envs.arc_challenge import ArcChallenge, OptionGrader
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder, PairSpace, WholeNumber
-from envs.math_word import Gsm8k, Gsm8kBuilder, MathWordBuilder
+from envs.code import CodeProblems
+from envs.math_word import Gsm8k, Gsm8kBuilder, HendrycksMath, MathWordBuilder, WordProblems
 from envs.problem import GraderError, Problem, split_off
 from envs.problem_env import (
     ProblemEnv,
@@ -272,6 +273,23 @@ def test_bad_golds_can_be_dropped_and_are_counted(tmp_path: Path, capsys: pytest
     path = write(tmp_path / "math.jsonl", *rows)
     assert first_env(MathWordBuilder(train_path=path, bad_gold="drop")).question() == "b"
     assert "math train: 2 of 3 problems" in capsys.readouterr().out
+
+
+# Trap: a file to evaluate on, passed over for the hub's problems or for generated ones.
+def test_a_file_to_evaluate_on_is_read_without_one_to_train_on(tmp_path: Path):
+    word = {"question": "Half?", "problem": "Half?", "answer": "#### 5", "solution": r"\boxed{5}"}
+    test_path = write(tmp_path / "mine.jsonl", word)
+    write(tmp_path / "train.jsonl", gsm8k_row())
+    write(tmp_path / "test.jsonl", gsm8k_row(question="Who?"))
+    sets = [Gsm8k(data_dir=str(tmp_path), test_path=test_path)]
+    sets += [kind(test_path=test_path) for kind in (Gsm8k, WordProblems, HendrycksMath)]
+    for problems in sets:
+        assert [problem.question for problem in problems.problems_of("test", None)] == ["Half?"]
+    assert [problem.question for problem in sets[0].problems_of("train", None)] == ["How many?"]
+    program = {"question": "Half?", "tests": [{"assert": "assert half(2) == 1"}]}
+    code = CodeProblems(test_path=write(tmp_path / "code.jsonl", program))
+    assert [problem.question for problem in code.problems_of("test", None)] == ["Half?"]
+    assert len(code.problems_of("train", None)) > 100
 
 
 def test_a_missing_file_and_a_bad_template_are_errors(tmp_path: Path):

@@ -193,7 +193,7 @@ def _read_weights(trainer: TrainedModel, live: dict[str, torch.Tensor], path: Pa
             f"model_name={path}"
         )
     saved = model.state_dict()
-    if differing := sorted(name for name in live.keys() ^ saved.keys()):
+    if differing := sorted(live.keys() ^ saved.keys()):
         raise CheckpointError(f"{path} is a checkpoint of another model: {differing[:3]} in only one of the two")
     for name, tensor in live.items():
         if tensor.shape != saved[name].shape:

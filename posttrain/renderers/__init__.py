@@ -65,6 +65,12 @@ def with_tools(renderer: Renderer, tools: Sequence[ToolSpec], list_tools: bool =
     return offering(tools, list_tools)
 
 
+@lru_cache(maxsize=256)  # most rows of a set have the same tools, and all requests of an agent
+def with_tools_as_json(renderer: Renderer, tools: str) -> Renderer:
+    """`with_tools` of a JSON list of tools; the same renderer for the same list."""
+    return with_tools(renderer, json.loads(tools))
+
+
 def _template_options(written: str, tokenizer: Tokenizer) -> dict[str, Any]:
     """ "enable_thinking=false,reasoning_effort=low" as values of JSON, or as texts. ConfigError for
     a name that the template does not read."""

@@ -10,7 +10,6 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 from starlette.requests import Request
@@ -21,7 +20,7 @@ from posttrain.backend.errors import ContextLengthError, CookbookError, EngineEr
 from posttrain.backend.ranges import RangeError
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
-from posttrain.renderers import with_tools
+from posttrain.renderers import with_tools_as_json
 from posttrain.renderers.turns import encode_text
 from posttrain.renderers.types import Message, Renderer, Tokenizer
 from posttrain.serve.openai_answers import Answer, ChatAnswer, OnTokens, Served
@@ -87,7 +86,9 @@ def openai_routes(models: Models) -> list[Route]:
         conversation = chat_request(await read_fields(request))
         options = conversation.options
         model = await _open(models, options.model, request)
-        renderer = _with_tools(model.renderer, json.dumps(conversation.tools)) if conversation.tools else model.renderer
+        renderer = model.renderer
+        if conversation.tools:
+            renderer = with_tools_as_json(renderer, json.dumps(conversation.tools))
         prompt, stop = model.prompt(renderer, conversation.messages), [*renderer.get_stop_sequences(), *options.stop]
         return await _answer(request, ChatAnswer(model, options, [prompt], stop, renderer=renderer))
 
@@ -151,11 +152,6 @@ async def _open(models: Models, name: str, request: Request) -> Served:
         text = f"there is no model {name!r:.100} here; this server has {', '.join(models.names()) or 'none'}"
         raise Refusal(text, "model", 404, "model_not_found")
     return model
-
-
-@lru_cache(maxsize=64)  # an agent offers the same tools in every request
-def _with_tools(renderer: Renderer, tools: str) -> Renderer:
-    return with_tools(renderer, json.loads(tools))
 
 
 def _tokens(tokenizer: Tokenizer, prompt: str | list[int]) -> list[int]:

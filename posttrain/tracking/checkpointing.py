@@ -63,7 +63,8 @@ class Checkpointer:
             print(f"{self._run.path} has finished at step {step}: there is nothing to train")
             return step
         size = self._client.checkpoint_bytes()
-        check_disk_space(self._run.path, size, self._save_every, self._keep, existing=len(records))
+        every = {"steps": self._save_every, "minutes": self._save_minutes, "tokens": self._save_tokens}
+        check_disk_space(self._run.path, size, every, self._keep, existing=len(records))
         self._run.truncate_metrics(step)
         if self._run.resumed:
             print(f"resuming {self._run.path} at step {step}" + ("" if record else ": it has no checkpoint yet"))

@@ -3,16 +3,21 @@ writers.
 """
 
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 from posttrain.backend.errors import CheckpointError
 
 
-def check_disk_space(folder: Path, checkpoint_bytes: int, save_every: int, keep: int | None, existing: int) -> None:
-    """Prints the size and number of future checkpoints; `existing` are on the disk. CheckpointError
-    if not even one more fits; a warning if the kept ones do not."""
+def check_disk_space(
+    folder: Path, checkpoint_bytes: int, every: Mapping[str, float | None], keep: int | None, existing: int
+) -> None:
+    """Prints the size and number of future checkpoints, which come `every` so many steps, minutes and
+    tokens; `existing` are on the disk. CheckpointError if not even one more fits; a warning if the
+    kept ones do not."""
     free = shutil.disk_usage(folder).free
-    when = f"every {save_every} steps and at the end" if save_every else "at the end"
+    periods = " or ".join(f"{count:,}".removesuffix(".0") + f" {noun}" for noun, count in every.items() if count)
+    when = f"every {periods} and at the end" if periods else "at the end"
     kept = f"the last {keep} and `final` are kept" if keep else "all are kept"
     print(f"checkpoints: {size_text(checkpoint_bytes)} each, {when}; {kept}; {size_text(free)} free at {folder}")
     remedy = "free some space, choose another log_path, or train an adapter (lora_rank), whose checkpoints are small"
@@ -20,7 +25,7 @@ def check_disk_space(folder: Path, checkpoint_bytes: int, save_every: int, keep:
         raise CheckpointError(
             f"a checkpoint takes {size_text(checkpoint_bytes)}, and {folder} has {size_text(free)} free: {remedy}"
         )
-    together = 1 + (keep or 1) if save_every else 1  # `final` and the last ones
+    together = 1 + (keep or 1) if periods else 1  # `final` and the last ones
     at_once = together + 1 - min(existing, together)  # an old one is deleted after the new one is written
     if free < at_once * checkpoint_bytes:
         total = size_text(at_once * checkpoint_bytes)

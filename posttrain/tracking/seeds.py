@@ -1,5 +1,4 @@
-(
-    """The streams of random numbers of a seed: the list after it for NumPy's SeedSequence. A new use gets
+"""The streams of random numbers of a seed: the list after it for NumPy's SeedSequence. A new use gets
 a line here and a list unlike all others; NumPy ignores zeros at the end ([1, 2] is [1, 2, 0]). Two
 equal lists stay, to keep results: held-out items and epoch 0's order, where both seeds are equal;
 streams without a batch (PRM_CHAINS, kind words' comparisons) and an epoch's order. Supervised runs in
@@ -28,8 +27,6 @@ one recipe have seeds 1 or 1000 apart (a completer, its policy; a seed of star_g
                          round, SWEEP to GREEDY, T, chunk        B-STaR's pools
                          round, pass                             the order of what a round of B-STaR is trained on
 """
-    ""
-)
 
 from collections.abc import Sequence
 

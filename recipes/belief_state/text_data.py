@@ -18,8 +18,8 @@ from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from recipes.belief_state import stories
 from recipes.belief_state.tokenizer import encode_documents, open_tokenizer, train_tokenizer
-from supervised.data import HuggingFaceBuilder
 from supervised.rows import Row, read_rows
+from supervised.table_rows import table_rows
 
 SEPARATOR = "<|endoftext|>"  # between the stories of TinyStories' text files
 
@@ -198,7 +198,7 @@ class TextData:
         """Training and held-out documents; no text is in both."""
         if self.source == "stories":
             train = stories.generate(self.num_stories, self.seed)
-            test = stories.generate(self.test_size, self.seed + 1_000_003)
+            test = self._held_out_texts() or stories.generate(self.test_size, self.seed + 1_000_003)
         else:
             train, test = self._read(self.source, self.split), self._held_out_texts()
             if not test:
@@ -209,9 +209,9 @@ class TextData:
     def _held_out_texts(self) -> list[str]:
         if self.test_path and self.test_split:
             raise ConfigError(f"test_path={self.test_path} and test_split={self.test_split}: give one of them")
-        if not (self.test_path or self.test_split):
-            return []
-        return self._read(self.test_path or self.source, self.test_split or "")
+        if self.test_path:
+            return self._read(self.test_path, "train")
+        return self._read(self.source, self.test_split) if self.test_split else []
 
     def _split(self, texts: list[str]) -> tuple[list[str], list[str]]:
         if not 0 < self.test_size < len(texts):
@@ -224,9 +224,7 @@ class TextData:
     def _read(self, source: str, split: str) -> list[str]:
         if source.endswith(".txt"):
             return _read_text_file(source)
-        rows = (
-            read_rows(source) if source.endswith(".jsonl") else HuggingFaceBuilder(name=source, split=split).rows()[0]
-        )
+        rows = read_rows(source) if source.endswith(".jsonl") else table_rows(source, None, split)
         return [self._text(row) for row in rows]
 
     def _text(self, row: Row) -> str:

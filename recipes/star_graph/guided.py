@@ -31,7 +31,7 @@ from posttrain.backend.models import load_model
 from posttrain.backend.ranges import COUNT, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.tracking.command_line import run_command
-from posttrain.tracking.jsonl import write_jsonl
+from posttrain.tracking.jsonl import write_atomically, write_jsonl
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run import Metrics, Run
 from posttrain.tracking.run_config import RunConfig, log_path_field
@@ -132,7 +132,7 @@ async def main(config: Config) -> list[Row]:
     test_ids_B_T = torch.from_numpy(layout.encode(test.tokens_B_T)).to(device)
     await _train(config, folder, trainer, test_ids_B_T)
     rows = guidance_table(policy, model.reader(), config.guidance, config.kl_coefs, test_ids_B_T, layout, config.seed)
-    (Path(config.log_path) / "guidance.json").write_text(json.dumps(rows, indent=1))
+    write_atomically(Path(config.log_path) / "guidance.json", json.dumps(rows, indent=1))
     print(format_table(rows))
     return rows
 

@@ -109,29 +109,17 @@ def reinforce_config(config: Config, seed: int) -> reinforce.Config:
         dataset=StarGraphExamplesBuilder(
             **of_task(config), n_batches=config.policy_steps, batch_size=256, seed=1000 + seed
         ),
-        model_name=final_checkpoint(config, "gpt", seed),
-        learning_rate=config.policy_learning_rate,
-        seed=seed,
-        eval_every=20,
-        save_every=100,
-        keep_checkpoints=1,
-        log_path=str(folder_of(config, "reinforce", seed)),
+        **of_policy(config, "reinforce", seed),
     )
 
 
 def rl_config(config: Config, seed: int) -> rl_train.Config:
     return rl_train.Config(
         env=StarGraphBuilder(**of_task(config), n_batches=config.policy_steps, batch_size=32, group_size=8, seed=seed),
-        model_name=final_checkpoint(config, "gpt", seed),
+        **of_policy(config, "rl", seed),
         renderer_name="plain",
         max_tokens=config.task.graph().path_length,
-        learning_rate=config.policy_learning_rate,
-        seed=seed,
-        eval_every=20,
-        save_every=100,
-        keep_checkpoints=1,
         transcript_every=100,
-        log_path=str(folder_of(config, "rl", seed)),
         backend=BackendConfig(engine="torch"),
     )
 
@@ -141,23 +129,30 @@ def preference_config(config: Config, method: str, seed: int) -> preferences.Con
     return preferences.Config(
         task=config.task,
         method=loss,
-        model_name=final_checkpoint(config, "gpt", seed),
+        **of_policy(config, method, seed),
         num_prompts=4096,
         batch_size=64,
         num_epochs=10_000,
         max_steps=config.policy_steps,
         data_seed=seed,
-        learning_rate=config.policy_learning_rate,
-        seed=seed,
-        eval_every=20,
-        save_every=100,
-        keep_checkpoints=1,
-        log_path=str(folder_of(config, method, seed)),
     )
 
 
 def of_task(config: Config) -> dict:
     return {name: getattr(config.task, name) for name in chz.chz_fields(StarGraphTask)}
+
+
+def of_policy(config: Config, method: str, seed: int) -> dict:
+    """What the methods that start from gpt have in common."""
+    return {
+        "model_name": final_checkpoint(config, "gpt", seed),
+        "learning_rate": config.policy_learning_rate,
+        "seed": seed,
+        "eval_every": 20,
+        "save_every": 100,
+        "keep_checkpoints": 1,
+        "log_path": str(folder_of(config, method, seed)),
+    }
 
 
 def final_checkpoint(config: Config, method: str, seed: int) -> str:
