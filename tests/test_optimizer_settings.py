@@ -1,5 +1,6 @@
 """bf16 weights with fp32 masters, 8-bit moments, stochastic rounding, an offloaded optimizer."""
 
+import gc
 import weakref
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,19 @@ def train(client: TrainingClient, seeds: range) -> None:
 def exact(client: TrainingClient) -> dict[str, torch.Tensor]:
     trainer = trainer_of(client)
     return {name: t.detach().clone() for name, t in trainer.trained.exact(trainer.model.state_dict()).items()}
+
+
+# Trap: a hook of a tensor that refers to what holds the tensor is a circle which the garbage collector does not see.
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_trainer_that_is_let_go_leaves_no_weight(name: str) -> None:
+    trainer = Trainer("micro", backend(SETTINGS[name]))
+    trainer.run(policy_data(3, 0), "importance_sampling")
+    trainer.optim_step(AdamParams(1e-3))
+    weights = [*trainer.model.parameters(), *trainer.trained.stepped.values()]
+    left = [weakref.ref(weight) for weight in weights]
+    del trainer, weights
+    gc.collect()
+    assert not any(weight() is not None for weight in left)
 
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(4)], ids=["all weights", "lora"])

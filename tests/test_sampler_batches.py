@@ -1,18 +1,26 @@
-"""What the torch sampler reads and decodes at once stays within the memory that is planned for it."""
+"""What the torch sampler reads and decodes at once stays within the memory that is planned for it. Requests that are
+made together share a step.
+"""
+
+import asyncio
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from posttrain.backend import torch_sampler
+from posttrain.backend import engine, torch_sampler
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.engine import SequenceRequest
 from posttrain.backend.fake_models import cached_bytes, model_size
 from posttrain.backend.memory import GIB
 from posttrain.backend.memory_plan import PROMPT_BYTES, PlannedRun, prompt_bytes
 from posttrain.backend.models import PRESETS, new_model
+from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.torch_sampler import TorchSampler
 from posttrain.backend.types import SamplingParams
+from tests.conftest import prompt_of
 
 CPU, TINY, LENGTH = torch.device("cpu"), PRESETS["tiny"], 128
 TOKEN_BYTES = cached_bytes(TINY, 4)[1]
@@ -67,3 +75,33 @@ def test_the_plan_counts_what_a_batch_may_take() -> None:
     assert small.plan.sampling["KV cache"] == one  # a sequence of the whole context is always decoded
     long = PlannedRun(TINY, run.backend, None, CPU, 2 * length, samples=True)
     assert long.plan.sampling["prompts"] == prompt_bytes(run.size, 1, 2 * length, 4) > PROMPT_BYTES
+
+
+def test_rollouts_that_begin_together_share_every_step_and_one_call_wakes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the clock may decide, as on a GPU, an idle engine would begin with the first request alone."""
+    monkeypatch.setattr(engine, "GATHER_SECONDS", 60.0)  # the machine may be busy
+    steps: list[int] = []
+    wakings: list[object] = []
+
+    async def asked_together(client: Any) -> None:
+        loop = asyncio.get_running_loop()
+        call_soon = loop.call_soon_threadsafe
+        loop.call_soon_threadsafe = lambda *args, **kwargs: (wakings.append(args), call_soon(*args, **kwargs))[1]  # type: ignore[method-assign]
+        async with asyncio.TaskGroup() as tasks:
+            for i in range(40):
+                tasks.create_task(client.sample_async(prompt_of(5, i), 1, SamplingParams(max_tokens=3, stop=[])))
+
+    with ServiceClient(BackendConfig(engine="torch", reproducible=False), tmp_path) as service:
+        client: Any = service.create_sampling_client(base_model="micro")
+        step = client._engine._engine.step
+
+        def counted() -> Any:
+            steps.append(client._engine.num_in_flight)
+            return step()
+
+        client._engine._engine.step = counted
+        asyncio.run(asked_together(client))
+    assert set(steps) == {40}
+    assert len(wakings) < 10

@@ -62,6 +62,7 @@ SECONDS = {
 _writing = threading.Lock()  # of blocks beside each other
 _running: set[int] = set()  # their processes
 FEWEST_SECONDS = 20.0  # in which a block can tell anything
+KILL_SECONDS = 15.0  # that the end of a killed block may take
 SHOWN_EVERY = 5.0  # seconds: the figures of a block that runs
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -135,7 +136,8 @@ def run_block(name: str, out: Path, limit: float) -> dict[str, Any]:
             ending = f"ran out of its {limit:.0f} s"
         finally:
             _kill(process.pid)
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(KILL_SECONDS)  # a driver of a GPU may hold it, whatever it is sent
             _running.remove(process.pid)
             pid.unlink(missing_ok=True)
         log.seek(0)

@@ -27,7 +27,8 @@ pack() {
   tail -c +$((part - wheels + 1)) .light/archive | split -b $part -a 1 --numeric-suffixes=2 - .light/vllm.tar.xz.
   mv .light/vllm.tar.xz.2 .light/2/ && mv .light/vllm.tar.xz.3 .light/3/
   rm .light/archive
-  project=$(git ls-files -z | xargs -0r cat | wc -c) || true # no repository
+  # all that travels: what git does not ignore, too
+  project=$(git ls-files -z --cached --others --exclude-standard | xargs -0r cat | wc -c) || true # no repository
   echo "with each command: $(((project + part) >> 10)) KiB of at most $((64 << 10))"
   ((project + part < 64 << 20))
 }
@@ -43,7 +44,8 @@ copy_results() {
 
 run_blocks() {
   export PYTHONPATH="$keep/site" PYTHONUNBUFFERED=1
-  (while sleep 10; do copy_results || true; done) & # a file may change while it is packed
+  # A file may change while it is packed. Its own output: whoever waits for the end of ours would wait for its sleep.
+  (while sleep 10; do copy_results || true; done) > /dev/null 2>&1 < /dev/null &
   copies=$!
   python3 benchmarks/gpu/first_light.py --out "$keep/first_light" --seconds "$2" --blocks "$1" || true
   kill $copies || true
@@ -62,7 +64,11 @@ stop_beside() {
   [ -e "$keep/beside.pid" ] || return 0
   beside=$(cat "$keep/beside.pid") && rm "$keep/beside.pid"
   kill "$beside" || return 0 # it is done
-  while grep -qs . "/proc/$beside/cmdline"; do sleep 0.2; done # of a process that nobody has waited for, empty
+  for _ in {1..100}; do # of a process that nobody has waited for, empty
+    grep -qs . "/proc/$beside/cmdline" || return 0
+    sleep 0.2
+  done
+  kill -9 "$beside" || true # it waits for a block that no signal ends: the next driver tries again
 }
 
 case $1 in

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from posttrain.backend.errors import CookbookError, EngineError, StaleSamplerError
-from posttrain.backend.futures import APIFuture, is_blocked, work_for
+from posttrain.backend.futures import APIFuture, is_blocked, woken_together, work_for
 from posttrain.backend.openmp import release_workers
 from posttrain.backend.prompt_scores import PromptScores, ScoredPrompt
 from posttrain.backend.types import SampledSequence, SampleResponse, SamplingParams
@@ -31,6 +31,8 @@ T = TypeVar("T")
 SETTLE_TURNS = 12
 # Seconds to wait for a busy event loop (a slow grader inside `step`), and for a caller without one.
 SETTLE_LOOP_SECONDS, SETTLE_THREAD_SECONDS = 2.0, 0.002
+# The longest that an engine without requests waits for an event loop to submit all that it is about to.
+GATHER_SECONDS = 0.05
 # A version's turn while calls wait for another: sequences, and seconds where the clock may decide.
 TURN_SEQUENCES, TURN_SECONDS = 64, 1.0
 
@@ -305,7 +307,10 @@ class EngineThread:
         """Adds arrivals; waits if there is nothing to decode. False means close."""
         if not (self._calls or self._waiting or self._syncs) and self._is_wanted():
             release_workers()
-            self._accept(self._inbox.get())
+            self._accept(first := self._inbox.get())
+            if isinstance(first, _Call) and not self._deterministic and first.loop and first.loop.is_running():
+                # rollouts that begin together share a step, which reads all their prompts
+                self._wait_for_loop(first.loop, 0, GATHER_SECONDS)
         while self._is_wanted():
             for item in self._drain():
                 self._accept(item)
@@ -334,7 +339,7 @@ class EngineThread:
             if refused := refusal(item.policy, item.version, item.keep, self._loaded):
                 item.future.fail(refused)
             else:
-                self._wait_for(item)
+                self._note_unsettled(item)
                 self._waiting[item] = None
 
     def _take_turns(self) -> None:
@@ -411,19 +416,20 @@ class EngineThread:
         version.last_turn = self._turns
         self._sequences_in_turn, self._turn_began = 0, time.monotonic()
 
+    @woken_together()
     def _deliver(self, finished: list[tuple[SequenceRequest, Sampled]]) -> None:
         for request, sampled in finished:
             call = self._calls.pop(request)
             call.done[request] = sampled
             if len(call.done) == len(call.requests):
-                self._wait_for(call)
+                self._note_unsettled(call)
                 if failures := [done.failure for done in call.done.values() if done.failure]:
                     call.future.fail(EngineError(f"the engine gave a sequence up: {failures[0]}"))
                 else:
                     call.future.succeed(call.answer(_response(call)))
 
-    def _wait_for(self, call: _Call) -> None:
-        """Until its caller has settled."""
+    def _note_unsettled(self, call: _Call) -> None:
+        """The next step waits for its caller, unless the clock may decide."""
         if self._deterministic:
             self._unsettled.add(call.loop)
 
@@ -437,13 +443,17 @@ class EngineThread:
         for loop in waiting:
             if loop is None or not loop.is_running():
                 self._wait_for_quiet()
-                continue
-            reacted, deadline = threading.Event(), time.monotonic() + SETTLE_LOOP_SECONDS
-            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
-                loop.call_soon_threadsafe(_after_turns, loop, SETTLE_TURNS, reacted)
-                while not reacted.wait(SETTLE_THREAD_SECONDS) and time.monotonic() < deadline:
-                    if self._closing or is_blocked(loop):  # it submits nothing before this engine answers, or ends
-                        break
+            else:
+                self._wait_for_loop(loop, SETTLE_TURNS, SETTLE_LOOP_SECONDS)
+
+    def _wait_for_loop(self, loop: asyncio.AbstractEventLoop, turns: int, seconds: float) -> None:
+        """Until it has done what it is at, and `turns` more turns."""
+        reacted, deadline = threading.Event(), time.monotonic() + seconds
+        with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(_after_turns, loop, turns, reacted)
+            while not reacted.wait(SETTLE_THREAD_SECONDS) and time.monotonic() < deadline:
+                if self._closing or is_blocked(loop):  # it submits nothing before this engine answers, or ends
+                    break
 
     def _wait_for_quiet(self) -> None:
         with contextlib.suppress(queue.Empty):

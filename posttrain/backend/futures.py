@@ -22,6 +22,8 @@ SAY_AFTER_SECONDS = 60.0  # a wait says what it waits for
 _lock = threading.Lock()  # of the counters below; held for a line at a time
 # .owner: stands for the InOrder or the engine that runs in this thread
 _working_for = threading.local()
+# .waiters: of each event loop, those that this thread wakes together
+_waking = threading.local()
 # event loops whose thread waits in `result` or `exception`, and for which future
 _blocked: dict[asyncio.AbstractEventLoop, Future[Any]] = {}
 
@@ -164,9 +166,35 @@ def is_blocked(loop: asyncio.AbstractEventLoop) -> bool:
     return future is not None and not future.done()
 
 
+@contextlib.contextmanager
+def woken_together() -> Generator[None, None, None]:
+    """Tasks that await a future whose outcome this thread sets inside are woken at the end, in the same order: each
+    waking of a loop is a system call, at which Python may go on with the loop's thread."""
+    waiters: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+    _waking.waiters = waiters
+    try:
+        yield
+    finally:
+        _waking.waiters = None
+        for loop, of_loop in waiters.items():
+            _wake_all(loop, of_loop)
+
+
 def _wake(loop: asyncio.AbstractEventLoop, waiter: asyncio.Future[None], _: Future[Any]) -> None:
+    if (waiters := getattr(_waking, "waiters", None)) is None:
+        _wake_all(loop, [waiter])
+    else:
+        waiters.setdefault(loop, []).append(waiter)
+
+
+def _wake_all(loop: asyncio.AbstractEventLoop, waiters: list[asyncio.Future[None]]) -> None:
+    def wake() -> None:
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_result(None)
+
     with contextlib.suppress(RuntimeError):  # the loop is closed, without waiters
-        loop.call_soon_threadsafe(lambda: None if waiter.done() else waiter.set_result(None))
+        loop.call_soon_threadsafe(wake)
 
 
 def _call_back(fn: Callable[[Future[T]], object], future: Future[T]) -> None:

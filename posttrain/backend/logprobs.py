@@ -64,6 +64,9 @@ def fp32_logits(hidden_NH: torch.Tensor, head_VH: torch.Tensor, transform: Logit
 
 def _chunks(num_rows: int, vocabulary: int, device: torch.device) -> list[slice]:
     rows = max(1, CHUNK_ELEMENTS[device.type] // vocabulary)
+    if device.type == "cuda" and num_rows > rows:
+        # as many chunks, of one size: less memory, and fewer shapes to compile
+        rows = -(-num_rows // -(-num_rows // rows))
     return [slice(start, min(start + rows, num_rows)) for start in range(0, num_rows, rows)]
 
 
@@ -102,6 +105,7 @@ class _TargetLogprobs(torch.autograd.Function):
             normaliser[rows], out[rows] = run(logits, targets[rows], temperature_N1)
             if number >= len(chunks) - keep:
                 kept[number] = logits
+            del logits  # before the next chunk's
         ctx.save_for_backward(hidden, head, targets, temperature, normaliser)
         ctx.transform, ctx.compiled, ctx.kept = transform, compiled, kept
         return out
@@ -134,6 +138,7 @@ class _TargetLogprobs(torch.autograd.Function):
                 grad_hidden[rows] = grad_logits @ head_used
             if grad_head is not None:
                 grad_head += grad_logits.T @ hidden[rows]
+            del transformed, grad_logits  # before the next chunk's
         return grad_hidden, grad_head, None, None, None, None
 
 
@@ -156,10 +161,18 @@ def _gradient(
     transform: LogitTransform,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """(N, V) at a chunk's logits: d logp_k / d logits = onehot(target_k) - softmax."""
+    """(N, V) at a chunk's logits: d logp_k / d logits = onehot(target_k) - softmax. Overwrites `transformed`,
+    unless compiled: a kernel would write it beside its result."""
     logits = transformed if temperature_N1 is None else transformed / temperature_N1
-    grad_logits = (logits - normaliser_N1).exp_().mul_(-grad_NK.sum(-1, keepdim=True))
-    grad_logits.scatter_add_(-1, targets_NK, grad_NK)
+    needed_again = logits is transformed and transform.softcap is not None
+    logits = logits - normaliser_N1 if needed_again or torch.compiler.is_compiling() else logits.sub_(normaliser_N1)
+    grad_logits = logits.exp_().mul_(-grad_NK.sum(-1, keepdim=True))
+    if torch.compiler.is_compiling() and targets_NK.shape[-1] == 1:
+        # to scatter would be a kernel of its own, between one that writes these numbers and one that reads them
+        column_V = torch.arange(logits.shape[-1], device=logits.device)
+        grad_logits = torch.where(column_V == targets_NK, grad_logits + grad_NK, grad_logits)
+    else:
+        grad_logits.scatter_add_(-1, targets_NK, grad_NK)
     if temperature_N1 is not None:
         grad_logits /= temperature_N1
     return transform.backward(grad_logits, transformed).to(dtype)

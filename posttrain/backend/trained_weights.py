@@ -30,7 +30,8 @@ class TrainedWeights:
                 device = torch.device("cpu") if config.offload_optimizer else p.device
                 self.masters[name] = nn.Parameter(p.detach().to(device=device, dtype=torch.float32, copy=True))
                 p.data = p.data.to(dtype or p.dtype)
-                p.register_post_accumulate_grad_hook(partial(self._add_up, name))
+                # not with self, which has p: nobody would see that circle, and no weight of it would ever be freed
+                p.register_post_accumulate_grad_hook(partial(_add_up, self._gradients, name))
         self.stepped = self.named | self.masters
         lean = config.moments == "8bit" or any(p.dtype == torch.bfloat16 for p in self.stepped.values())
         self.optimizer: torch.optim.Optimizer
@@ -38,12 +39,6 @@ class TrainedWeights:
             self.optimizer = LeanAdamW(self.stepped.values(), seed, config.moments == "8bit")
         else:
             self.optimizer = torch.optim.AdamW(self.stepped.values(), lr=0.0, fused=True)
-
-    def _add_up(self, name: str, p: torch.Tensor) -> None:
-        assert p.grad is not None
-        before, p.grad = self._gradients.get(name), p.grad
-        self._gradients[name] = p.grad.float() if before is None else before.add_(p.grad)
-        p.grad = None
 
     def hand_over_gradients(self) -> None:
         """To `stepped`; zeros where a weight has none: AdamW would skip it, and its moments would
@@ -56,7 +51,7 @@ class TrainedWeights:
 
     @torch.no_grad()
     def masters_to_weights(self) -> None:
-        for name, master in self.masters.items():
+        for name, master in self.masters.items():  # those of ranks have no _foreach_copy_
             self.named[name].copy_(master)
 
     def zero_grad(self) -> None:
@@ -69,3 +64,10 @@ class TrainedWeights:
             return dict(state_dict)
         masters = {self.named[name].data_ptr(): master.detach() for name, master in self.masters.items()}
         return {name: masters.get(tensor.data_ptr(), tensor) for name, tensor in state_dict.items()}
+
+
+def _add_up(gradients: dict[str, torch.Tensor], name: str, p: torch.Tensor) -> None:
+    assert p.grad is not None
+    before = gradients.get(name)
+    gradients[name] = p.grad.float() if before is None else before.add_(p.grad)
+    p.grad = None
