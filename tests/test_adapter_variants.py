@@ -106,6 +106,17 @@ def test_an_adapter_beside_an_embedding_with_added_tokens_is_named(base: Path, t
         open_merged(tmp_path / "adapter", 0)
 
 
+def test_an_adapter_of_the_tinker_service_is_named(base: Path, tmp_path: Path) -> None:
+    of_peft(base, tmp_path / "adapter", {"target_modules": [*Q, "lm_head"]})
+    file = tmp_path / "adapter/adapter_model.safetensors"
+    of_service = {
+        name.replace(".lm_head.", ".model.unembed_tokens."): tensor for name, tensor in load_file(file).items()
+    }
+    save_file(of_service, file)
+    with pytest.raises(CheckpointError, match="of the Tinker service.*build_hf_model"):
+        open_merged(tmp_path / "adapter", 0)
+
+
 def test_an_adapter_of_mlx_is_named(base: Path, tmp_path: Path) -> None:
     config = {"fine_tune_type": "lora", "model": str(base), "lora_parameters": {"rank": 8, "scale": 20.0}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))

@@ -118,6 +118,23 @@ def test_an_adapter_is_merged_or_stays_alone(folders: dict[str, Path], tmp_path:
     assert 'AutoModelForCausalLM.from_pretrained("micro")' in card
 
 
+# Trap: a chat model that writes on after the end of its turn in vLLM and transformers, since its base was made for
+# texts, whose generation_config.json has the end of a text alone.
+@pytest.mark.parametrize("name", ["full", "adapter"])
+def test_other_tools_stop_an_exported_model_at_the_end_of_a_turn(
+    folders: dict[str, Path], name: str, tmp_path: Path
+) -> None:
+    out = exported(folders, name, tmp_path / "out")
+    tokenizer = AutoTokenizer.from_pretrained(out)
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
+    end_of_turn, end_of_text = tokenizer.encode("<|im_end|><|endoftext|>")
+    assert json.loads((out / "generation_config.json").read_text())["eos_token_id"] == [end_of_text, end_of_turn]
+    for token in (end_of_text, end_of_turn):
+        others = [i for i in range(260) if i != token]
+        written = model.generate(TOKENS, max_new_tokens=9, do_sample=False, suppress_tokens=others)[0]
+        assert written[TOKENS.shape[1] :].tolist() == [token]
+
+
 # Trap: an adapter of a reward model that is merged without its head; a card that calls it a language model.
 @pytest.mark.parametrize(("lora", "merge"), [(None, True), (LoraConfig(rank=4), True), (LoraConfig(rank=4), False)])
 def test_a_reward_model_is_exported_with_its_head(

@@ -6,7 +6,7 @@ import math
 import threading
 from collections.abc import Iterator
 from http.client import HTTPConnection
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from urllib.parse import urlsplit
 
 import httpx
@@ -253,6 +253,27 @@ def test_logprobs_are_the_models(client: openai.OpenAI, models: Table) -> None:
     for entry in chat.logprobs.content:  # greedy: the most likely token
         assert len(entry.top_logprobs) == 2 and math.isclose(entry.logprob, entry.top_logprobs[0].logprob, abs_tol=1e-4)
         assert entry.token == entry.top_logprobs[0].token
+
+
+# Trap: lm-evaluation-harness, whose greedy tokens are those with the logprob of the largest, to the bit (0 of
+# LAMBADA's words were), and whose full windows leave room for one token.
+def test_a_harness_scores_a_prompt_that_fills_the_context(client: openai.OpenAI, models: Table) -> None:
+    policy, length, complete = models["tiny"].client, models["tiny"].max_length, cast(Any, client.completions.create)
+    start = ModelInput.from_ints([65, 66, 67])
+    greedy = policy.sample(start, 1, SamplingParams(max_tokens=length, temperature=0.0, stop=[])).result().sequences[0]
+    prompt = [65, 66, 67, *greedy.tokens][: length - 1]
+    for tokens in (prompt[:40], prompt):
+        asked = {"prompt": [tokens], "logprobs": 1, "max_tokens": 1, "echo": True, "temperature": 0, "seed": 1234}
+        scored = complete(model="tiny", **asked).choices[0].logprobs
+        assert len(scored.token_logprobs) == len(scored.top_logprobs) == len(tokens) + 1
+        expected: Any = policy.compute_logprobs(ModelInput.from_ints(tokens)).result()
+        np.testing.assert_allclose(scored.token_logprobs[1:-1], expected[1:], atol=rounded(1e-4))
+        pairs = [*zip(scored.token_logprobs, scored.top_logprobs, strict=True)][3:]
+        assert all(logprob == max(top.values()) for logprob, top in pairs)
+    assert scored.token_logprobs[-1] == pytest.approx(greedy.logprobs[length - 4], abs=rounded(1e-4))
+    for more in ({"temperature": 1}, {"logprobs": 2}):
+        with pytest.raises(openai.BadRequestError, match="logprobs take one more"):
+            complete(model="tiny", **asked | more)
 
 
 def test_an_answer_with_logprobs_may_fill_the_context(client: openai.OpenAI, models: Table) -> None:

@@ -374,6 +374,11 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
     if different := sorted(live.keys() ^ (saved.keys() - (copies - live.keys()))):
         if ".lora_" not in different[0] and different[0] in saved:
             raise CheckpointError(_says_changed(path, different[0]))
+        if any(".unembed_tokens." in name for name in saved):
+            raise CheckpointError(
+                f"{path} is an adapter of the Tinker service, whose layers have names of their own (unembed_tokens): make "
+                "a whole model of it with tinker_cookbook.weights.build_hf_model, and give that"
+            )
         raise CheckpointError(
             f"the adapter {path} does not fit its base model {base}: {different[0]} is in only one of the two"
         )

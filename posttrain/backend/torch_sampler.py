@@ -246,10 +246,13 @@ class TorchSampler:
             if k is None:
                 continue
             targets = torch.tensor(prompt[1:], device=self._device)
+            if k > 0:  # one number for a token, to the bit: harnesses compare it with the largest
+                topk = self._topk(hidden_TH, targets, k)
+                row.topk_prompt_logprobs = [None, *topk]
+                row.prompt_logprobs = [None, *(dict(best)[t] for best, t in zip(topk, prompt[1:], strict=True))]
+                continue
             logprobs_T = target_logprobs(hidden_TH, head, targets[:, None], transform=self._transform)[:, 0]
             row.prompt_logprobs = [None, *logprobs_T.tolist()]
-            if k > 0:
-                row.topk_prompt_logprobs = [None, *self._topk(hidden_TH, targets, k)]
 
     def _distributions(self, hidden_TH: torch.Tensor, rows: slice) -> torch.Tensor:
         return self._logits(hidden_TH[rows]).log_softmax(-1)

@@ -74,12 +74,14 @@ class Answer:
         options = self.options
         if options.max_tokens == 0:
             return SampleResponse([SampledSequence([], [], "length")] * options.n)
-        # a sequence that fills the context could not be scored
-        room = self.model.max_length - len(prompt) - (options.logprobs is not None)
+        # to score a token takes room for another one after it, but for one that was the most likely
+        scores_last = options.logprobs is not None and (options.temperature > 0 or options.logprobs > 1)
+        room = self.model.max_length - len(prompt) - scores_last
         if room < (options.max_tokens or 1):
             raise ContextLengthError(
                 f"the prompt has {len(prompt)} tokens, max_tokens is {options.max_tokens or 'not given'}, and the "
                 f"context has {self.model.max_length}: they do not fit"
+                + (" (logprobs take one more)" if scores_last else "")
             )
         # the backend's seeds are not negative
         seed = None if options.seed is None else options.seed % 2**63
@@ -102,26 +104,35 @@ class Answer:
         prompt = self.prompts[index // self.options.n]
         text = self.text(sequence.tokens)
         shown = prompt if self.echo else []
-        logprobs = await self._logprobs(prompt, [*shown, *sequence.tokens])
+        logprobs = await self._logprobs(prompt, shown, sequence)
         text = decode(self.model.renderer.tokenizer, shown) + text
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": sequence.stop_reason}
 
-    async def _scored(self, prompt: list[int], tokens: list[int]) -> list[tuple[int, float | None, list]]:
-        """Token, logprob and the most likely tokens with theirs, for the last tokens of a sequence."""
+    async def _scored(
+        self, prompt: list[int], shown: list[int], sequence: SampledSequence
+    ) -> list[tuple[int, float | None, list]]:
+        """Token, logprob and the most likely tokens with theirs, for the prompt's tokens that are `shown` and the
+        sampled ones."""
         assert self.options.logprobs is not None
-        whole = tokens if self.echo else prompt + tokens
+        tokens = [*shown, *sequence.tokens]
+        whole, k = prompt + sequence.tokens, self.options.logprobs
         if not tokens:
             return []
-        scores = await self.model.score(whole, self.options.logprobs)
-        logprobs = (scores.prompt_logprobs or [])[-len(tokens) :]
-        top = (scores.topk_prompt_logprobs or [None] * len(whole))[-len(tokens) :]
-        k = self.options.logprobs
-        return [(t, logprob, (best or [])[:k]) for t, logprob, best in zip(tokens, logprobs, top, strict=True)]
+        # without room for another token: the last was greedy (`_sample`)
+        fills = bool(sequence.tokens) and len(whole) >= self.model.max_length
+        scores = await self.model.score(whole[:-1] if fills else whole, k)
+        logprobs = [*(scores.prompt_logprobs or [])]
+        top = [*(scores.topk_prompt_logprobs or [None] * len(logprobs))]
+        if fills:
+            logprobs.append(sequence.logprobs[-1])
+            top.append([(whole[-1], sequence.logprobs[-1])])
+        scored = zip(tokens, logprobs[-len(tokens) :], top[-len(tokens) :], strict=True)
+        return [(t, logprob, (best or [])[:k]) for t, logprob, best in scored]
 
-    async def _logprobs(self, prompt: list[int], tokens: list[int]) -> dict[str, Any] | None:
+    async def _logprobs(self, prompt: list[int], shown: list[int], sequence: SampledSequence) -> dict[str, Any] | None:
         if self.options.logprobs is None:
             return None
-        scored = await self._scored(prompt, tokens)
+        scored = await self._scored(prompt, shown, sequence)
         names = [self._name(token) for token, _, _ in scored]
         tops = [{self._name(token): logprob for token, logprob in best} for _, _, best in scored]
         return {
@@ -164,15 +175,15 @@ class ChatAnswer(Answer):
         message, _ = self.renderer.parse_response(sequence.tokens)
         fields = answered(message, self.options.stop) | {"refusal": None}
         fields["content"] = fields["content"] or ("" if "tool_calls" not in fields else None)
-        logprobs = await self._logprobs(self.prompts[0], sequence.tokens)
+        logprobs = await self._logprobs(self.prompts[0], [], sequence)
         finish = "tool_calls" if "tool_calls" in fields else sequence.stop_reason
         return {"index": index, "message": fields, "logprobs": logprobs, "finish_reason": finish}
 
-    async def _logprobs(self, prompt: list[int], tokens: list[int]) -> dict[str, Any] | None:
+    async def _logprobs(self, prompt: list[int], shown: list[int], sequence: SampledSequence) -> dict[str, Any] | None:
         if self.options.logprobs is None:
             return None
         entries = []
-        for token, logprob, best in await self._scored(prompt, tokens):
+        for token, logprob, best in await self._scored(prompt, shown, sequence):
             top = [self._entry(other, value) for other, value in best]
             entries.append({**self._entry(token, logprob), "top_logprobs": top})
         return {"content": entries, "refusal": None}

@@ -25,10 +25,12 @@ from posttrain.backend.checkpoint_files import (
     is_adapter,
     read_json,
 )
-from posttrain.backend.errors import ConfigError
+from posttrain.backend.errors import ConfigError, CookbookError
 from posttrain.backend.hub import hub_reason
+from posttrain.backend.models import end_token_ids, model_config
 from posttrain.backend.ranges import SEED
 from posttrain.backend.tokenizers import TOKENIZER_FILES, load_tokenizer
+from posttrain.renderers import get_renderer
 from posttrain.tracking.command_line import run_command
 from posttrain.tracking.disk_space import folder_bytes
 from posttrain.tracking.model_card import model_card
@@ -79,6 +81,8 @@ def main(config: Config) -> Path:
             _write_merged(source.folder, folder, dtype, config.seed)
         else:
             _copy(source.folder, folder, dtype)
+        if merged or not adapter:
+            _say_ends(folder)
         base = read_base(source.folder).name if adapter else None
         evaluation = Path(config.evaluation) if config.evaluation else None
         card = model_card(source, config.push_to or out.name, base, adapter and not merged, evaluation)
@@ -124,6 +128,25 @@ def _copy(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
             shutil.copy(path, folder / path.name)
     if dtype is not None:
         _say_dtype(folder, dtype, num_bytes)
+
+
+def _say_ends(folder: Path) -> None:
+    """All tokens at which an answer ends here, in generation_config.json, by which other tools stop. A model that
+    was made for texts, and then trained on chats, has there the end of a text alone: vLLM and transformers would
+    write on after the end of a turn."""
+    try:
+        tokenizer = load_tokenizer(str(folder))
+        turns = get_renderer("chat_template", tokenizer).get_stop_sequences() if tokenizer.chat_template else []
+    except CookbookError:  # a folder without a tokenizer, or a template in which no end is found
+        return
+    file = folder / "generation_config.json"
+    settings = read_json(file) if file.exists() else {}
+    said = settings.get("eos_token_id")
+    said = said if isinstance(said, list) else [] if said is None else [said]
+    ends = list(dict.fromkeys([*said, *sorted(end_token_ids(model_config(str(folder)), tokenizer)), *turns]))
+    if ends != said:
+        settings.pop("_from_model_config", None)  # with it, transformers goes by config.json
+        _write_json(file, settings | {"eos_token_id": ends})
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
