@@ -236,7 +236,7 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
     def _rows(self) -> tuple[Sequence[Row], Sequence[Row]]:
         if self.test_size and (self.test_split or self.test_path):
             raise ConfigError(f"test_size={self.test_size} and a held-out set: give one of them")
-        if self.path.endswith(JSON_ENDS):
+        if str(self.path).lower().endswith(JSON_ENDS):
             return read_rows(self.path), read_rows(self.test_path) if self.test_path else []
         return HuggingFaceBuilder(
             name=self.path, subset=self.subset, split=self.split, test_split=self.test_split
