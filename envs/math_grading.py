@@ -31,6 +31,7 @@ from envs.math_answers import MAX_ANSWER_CHARS, normalise, numeral, quantity, sa
 from envs.math_intervals import Solution, inequality, intervals
 from envs.math_limits import explodes
 from envs.problem import GraderError
+from posttrain.backend.extras import how_to_install
 
 DEFAULT_SECONDS = 5.0
 FREE = ("", "{}")  # brackets of lists without an order
@@ -346,9 +347,7 @@ class SymbolicWorker:
         self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
         if not (self._process.stdout and self._process.stdout.readline()):
             self.stop()
-            raise GraderError(
-                "the math grader does not start; install its packages: pip install 'posttrain-cookbook[train]'"
-            )
+            raise GraderError(f"the math grader does not start; install its packages: {how_to_install('math_verify')}")
         return self._process
 
     def stop(self) -> None:

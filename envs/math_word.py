@@ -19,6 +19,7 @@ from envs.math_grading import DEFAULT_SECONDS, TooCostly, canonical, check_gold,
 from envs.problem import Grader, Problem, ProblemSet, Split
 from envs.problem_env import ProblemSetBuilder
 from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.extras import need
 from posttrain.backend.ranges import POSITIVE
 from supervised.rows import Fields, Row, read_rows, text_of
 from supervised.table_rows import table_rows
@@ -42,6 +43,9 @@ class MathGrader(Grader):
     styles: tuple[AnswerStyle, ...] = ("boxed", "hash", "stated")
     numbers_only: bool = False
     seconds: float = DEFAULT_SECONDS
+
+    def __post_init__(self) -> None:
+        need("math_verify", "the grader of math answers")
 
     def extract(self, text: str) -> str | None:
         answer = extract_answer(text, self.styles)

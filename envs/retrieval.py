@@ -15,6 +15,7 @@ import numpy as np
 
 from envs.tool_games import ToolGame, ToolGameBuilder, ToolGameExamplesBuilder, called
 from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.extras import need
 from posttrain.backend.ranges import COUNT, SEED
 from posttrain.renderers.types import Message
 from rl.tool_env import ToolEnv, ToolLimits
@@ -39,10 +40,9 @@ class Index:
     """BM25 over passages, with k1 = 1.5 and b = 0.75. A word is a run of letters or digits."""
 
     def __init__(self, passages: Sequence[str], most: int):
-        try:
-            import bm25s
-        except ImportError:
-            raise ConfigError("env=retrieval needs the library bm25s: pip install 'bm25s>=0.3,<0.4'") from None
+        need("bm25s", "env=retrieval")
+        import bm25s
+
         self.passages, self.most = list(passages), min(most, len(passages))
         self.bm25 = bm25s.BM25(k1=1.5, b=0.75, backend="numpy")
         self.bm25.index([words(passage) for passage in self.passages], show_progress=False)

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from posttrain.backend.errors import ConfigError, CookbookError
+from posttrain.backend.extras import how_to_install
 from rl.types import EnvError, Metrics, RolloutError
 
 SOLVED = 1.0  # the reward from which a game for one player counts as won
@@ -151,7 +152,7 @@ def _registry() -> Mapping[str, Any]:
             import textarena  # noqa: F401 (fills the registry)
         from textarena.envs.registration import ENV_REGISTRY
     except ImportError as error:
-        raise GameUnavailable(f"textarena cannot be imported ({error}): pip install textarena") from error
+        raise GameUnavailable(f"textarena cannot be imported ({error}): {how_to_install('textarena')}") from error
     return ENV_REGISTRY
 
 

@@ -2,7 +2,7 @@
 turns, tools, users that answer, judges, the library's own rewards and metrics. A taskset is the name
 of an installed package, also as the library's hub writes it (owner/name@version).
 
-    python -m pip install "posttrain-cookbook[verifiers]" my-taskset
+    python -m pip install -e '.[verifiers]' my-taskset
     python -m rl.train_cli env=verifiers env.taskset=my-taskset
 
 Left out: containers and remote runtimes, histories that an environment rewrites, several agents
@@ -23,6 +23,7 @@ import numpy as np
 from envs.problem import GraderError
 from envs.verifiers_calls import Answerer
 from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.extras import how_to_install
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from posttrain.renderers import from_openai, to_openai, with_tools
 from posttrain.renderers.parts import tool_spec
@@ -52,9 +53,7 @@ def host(taskset: str, config: str, limit: int) -> Host:
         else:
             from envs.verifiers_host import Host as Loaded
     except ImportError as error:
-        raise ConfigError(
-            f"env=verifiers needs the library ({error}): pip install 'posttrain-cookbook[verifiers]'"
-        ) from error
+        raise ConfigError(f"env=verifiers needs the library ({error}): {how_to_install('verifiers')}") from error
     try:
         return Loaded(taskset, _config(config), limit)
     except ModuleNotFoundError as error:

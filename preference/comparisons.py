@@ -235,7 +235,7 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
     def _rows(self) -> tuple[Sequence[Row], Sequence[Row]]:
         if self.test_size and (self.test_split or self.test_path):
             raise ConfigError(f"test_size={self.test_size} and a held-out set: give one of them")
-        is_json = self.path.endswith(JSON_ENDS)
+        is_json = str(self.path).lower().endswith(JSON_ENDS)
         train = read_rows(self.path) if is_json else table_rows(self.path, self.subset, self.split)
         if self.test_path:
             return train, file_rows(self.test_path)

@@ -22,8 +22,8 @@ from preference.comparisons import (
 )
 from preference.rows import is_transcript
 from preference.types import Comparison, LabeledComparison
-from supervised.forms import alpaca_prompt, check_meaning, has, names_of, one_form, print_form, unknown
-from supervised.rows import SYSTEM, Fields, Row
+from supervised.forms import IS_GOOD, alpaca_prompt, check_meaning, has, names_of, one_form, print_form, unknown
+from supervised.rows import SYSTEM, Fields, Row, conversation
 
 # texts beside an answer that are no prompt
 NOTES = ("id", "source", "dataset", "subset", "split", "category", "domain", "task", "type", "language", "model")
@@ -71,6 +71,22 @@ def _of_alpaca(fields: Fields) -> Fields:
     }
 
 
+def _of_marked_conversation(fields: Fields) -> Fields:
+    """The last answer is what is marked; before it is the prompt."""
+    name = next(name for name in CONVERSATION if name in fields)
+    if not isinstance(spoken := fields[name], list) or not isinstance(fields[mark_of(fields)], bool):
+        raise DataError(f"the field {name!r} must be a list of messages, and {mark_of(fields)!r} true or false")
+    if [message["role"] for message in conversation(fields, name)[-1:]] != ["assistant"]:
+        raise DataError(f"{name!r} must end with the answer that {mark_of(fields)!r} marks, an assistant's message")
+    beside = {other: fields[other] for other in (*SYSTEM, "tools") if other in fields}
+    return {**beside, "prompt": spoken[:-1], "completion": spoken[-1:], "label": fields[mark_of(fields)]}
+
+
+def mark_of(fields: Fields) -> str:
+    """The field that says whether an answer is good."""
+    return next(name for name in IS_GOOD if fields.get(name) is not None)
+
+
 class Form(NamedTuple):
     """`builder` reads what `renamed` makes of a row. `also` are fields that it may have."""
 
@@ -115,8 +131,14 @@ SCORED = Form("scored answers", ("prompt", "completion", "score"), ScoredSamples
 KTO = Form(
     "answers marked good and bad", ("prompt", "completion", "label"), ScoredSamplesBuilder, {"score_field": "label"}
 )
+CONVERSATION = ("messages", "conversations")
+MARKED = tuple(
+    Form("conversations marked good and bad", (name, mark), *KTO[2:4], renamed=_of_marked_conversation)
+    for name in CONVERSATION
+    for mark in IS_GOOD
+)
 WITHOUT_CHOSEN = (LABELED, RATED, SCORED, KTO, OPENAI, COOKBOOK)
-FORMS = (*WITHOUT_CHOSEN, CHOSEN, QUESTION, INSTRUCTION, SHAREGPT, CONVERSATIONS, TRANSCRIPTS, SHARED_PREFIX)
+FORMS = (*WITHOUT_CHOSEN, MARKED[0], CHOSEN, QUESTION, INSTRUCTION, SHAREGPT, CONVERSATIONS, TRANSCRIPTS, SHARED_PREFIX)
 
 
 def form_of(fields: Fields) -> Form:
@@ -124,6 +146,7 @@ def form_of(fields: Fields) -> Form:
     forms = [form for form in WITHOUT_CHOSEN if has(fields, form.fields)]
     if has(fields, ("chosen", "rejected")):
         forms.append(_chosen_rejected(fields))
+    forms = forms or [form for form in MARKED if has(fields, form.fields)][:1]
     if len(forms) > 1:
         raise DataError(
             f"the fields {names_of(fields)} are those of two forms, {' and '.join(form.name for form in forms)}: say "
@@ -182,10 +205,10 @@ class FileBuilder(PreferenceRowsBuilder):
         rows = list(read_each(rows, checked, dropped))
         common: dict[str, Any] = {name: getattr(self, name) for name in chz.chz_fields(PreferenceRowsBuilder)}
         comparisons = form.builder(**common, **form.settings).comparisons(rows, dropped)
-        if form is KTO and not comparisons:
+        if form in (KTO, *MARKED) and not comparisons:
             raise DataError(
                 f"{self.path}: no prompt has both a good and a bad answer, so there are no pairs; a loss "
                 "for unpaired answers (KTO) is not here: train on the good ones with supervised/train_cli.py, "
-                "without the field 'label'"
+                f"without the field {form.fields[-1]!r}"
             )
         return comparisons

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import chz
 
+from posttrain.backend.choices import check_choices
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import SEED, WHOLE
 from posttrain.renderers.types import Message, ToolSpec
@@ -75,6 +76,10 @@ class ComparisonDatasetBuilder:
         default=0, validator=WHOLE, doc="comparisons held out from the training data, whole prompts at a time; 0 = none"
     )
     split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the choice of held-out prompts")
+
+    @chz.validate
+    def _check_choices(self) -> None:
+        check_choices(self)
 
     def __call__(self) -> tuple[list[LabeledComparison], list[LabeledComparison]]:
         raise ConfigError(

@@ -26,6 +26,10 @@ class AdvantageEstimator:
         """Whether a group of this size, which may have lost members, has an estimate."""
         return group_size >= self.min_group_size
 
+    def varies(self, rewards_G: np.ndarray) -> bool:
+        """Whether rewards that are compared with each other differ."""
+        return bool((rewards_G != rewards_G[0]).any())
+
     def check_group_size(self, group_size: int) -> None:
         if not self.accepts(group_size):
             raise ConfigError(f"{type(self).__name__} needs group_size >= {self.min_group_size}, not {group_size}")
@@ -81,6 +85,10 @@ class SeatMean(AdvantageEstimator):
     def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
         rewards_GS = rewards_G.reshape(-1, self.num_seats)
         return (rewards_GS - baseline(rewards_GS)).reshape(-1)
+
+    def varies(self, rewards_G: np.ndarray) -> bool:
+        rewards_GS = rewards_G.reshape(-1, self.num_seats)
+        return bool((rewards_GS != rewards_GS[0]).any())
 
     def accepts(self, group_size: int) -> bool:
         return group_size % self.num_seats == 0 and group_size >= 2 * self.num_seats

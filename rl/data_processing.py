@@ -165,13 +165,13 @@ def trainable_groups(
     groups_P: Sequence[TrajectoryGroup], estimator: AdvantageEstimator, remove_constant: bool, min_group_size: int = 1
 ) -> list[int]:
     """Indices of the groups with enough members for the estimator (of a game, all seats) and, if
-    required, more than one distinct reward (compared exactly)."""
+    required, rewards that vary (compared exactly; of a game, those of a seat)."""
     return [
         p
         for p, group in enumerate(groups_P)
         if (size := len(group.trajectories_G)) >= max(1, min_group_size)
         and estimator.accepts(size)
-        and not (remove_constant and len(set(group.get_total_rewards())) <= 1)
+        and not (remove_constant and not estimator.varies(np.array(group.get_total_rewards())))
     ]
 
 

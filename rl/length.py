@@ -66,7 +66,10 @@ def length_penalized(
             assert config.limit and config.buffer
             terms_G = overlong(lengths_G, config.limit, config.buffer)
         else:
-            terms_G = kimi(lengths_G, np.array([_correct(trajectory) for trajectory in group.trajectories_G]))
+            terms_G, played = np.zeros(len(lengths_G)), [bool(t.transitions) for t in group.trajectories_G]
+            if any(played):  # a seat whose game ended before its first turn has no length to compare
+                correct_G = np.array([_correct(t) for t in group.trajectories_G if t.transitions])
+                terms_G[played] = kimi(lengths_G[played], correct_G)
         added += terms_G.tolist()
         rewards_G = [reward + config.coef * float(x) for reward, x in zip(group.final_rewards_G, terms_G, strict=True)]
         out.append(replace(group, final_rewards_G=rewards_G))
@@ -74,7 +77,7 @@ def length_penalized(
 
 
 def _correct(trajectory: Trajectory) -> bool:
-    metrics = trajectory.transitions[-1].metrics if trajectory.transitions else {}
+    metrics = trajectory.transitions[-1].metrics
     if "correct" not in metrics:
         raise DataError("length.kind=kimi needs the metric `correct` in a rollout's last turn, and this one has none")
     return metrics["correct"] > 0

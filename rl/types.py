@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal, Protocol, runtime_checkable
 
 import chz
 
+from posttrain.backend.choices import check_choices
 from posttrain.backend.errors import CookbookError
 from posttrain.backend.ranges import COUNT, SEED
 from posttrain.backend.types import Datum, EncodedTextChunk, KeptRow, ModelInput, StopReason
@@ -248,6 +249,10 @@ class RLDatasetBuilder:
         default=8, validator=COUNT, doc="rollouts per group: they share one problem and one baseline"
     )
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the data: which problems, in which order")
+
+    @chz.validate
+    def _check_choices(self) -> None:
+        check_choices(self)
 
     def recommended_max_tokens(self) -> int:
         """Most tokens a turn needs; the default of max_tokens."""

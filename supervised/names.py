@@ -1,6 +1,6 @@
 """Short names of the command line: of supervised datasets, and of evaluators in any run."""
 
-FILES = ("*.jsonl", "*.jsonl.gz", "*.json", "*.parquet")  # whose form is found by their fields
+FILES = ("*.jsonl", "*.jsonl.gz", "*.json", "*.json.gz", "*.parquet")  # whose form is found by their fields
 DATASETS = {
     "arithmetic": "envs.arithmetic:ArithmeticExamplesBuilder",
     "calculator": "envs.calculator:SumsExamplesBuilder",

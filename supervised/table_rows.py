@@ -11,6 +11,7 @@ from unittest.mock import patch
 import numpy as np
 
 from posttrain.backend.errors import DataError
+from posttrain.backend.extras import need
 from posttrain.backend.hub import hub_is_reached, hub_reason
 from supervised.rows import Row, read_rows, without_nulls
 
@@ -58,11 +59,12 @@ def picked(rows: Sequence[Row], places: Sequence[int]) -> Sequence[Row]:
 
 def file_rows(path: str) -> Sequence[Row]:
     """Those of a JSON file or, by its name, of a Parquet file. DataError as of both."""
-    return table_rows(path, None, "train") if path.endswith(".parquet") else read_rows(path)
+    return table_rows(path, None, "train") if str(path).lower().endswith(".parquet") else read_rows(path)
 
 
 def table_rows(name: str, subset: str | None, split: str) -> TableRows:
     """DataError if the set cannot be loaded or has no examples."""
+    need("datasets", f"dataset {name!r}")
     import datasets  # a second of import that the other builders need not wait for
     from datasets import config as datasets_config
 
@@ -76,6 +78,8 @@ def table_rows(name: str, subset: str | None, split: str) -> TableRows:
         else:
             repository, _, revision = (str(path), "", "") if path.exists() else name.partition("@")
             repository, files = (str(path.parent), path.name) if path.is_file() else (repository, None)
+            if files and path.suffix != path.suffix.lower():  # the library knows lower-case endings alone
+                repository, files = path.suffix[1:].lower().replace("jsonl", "json"), str(path)
             unreached = datasets_config.HF_HUB_OFFLINE or not (path.exists() or hub_is_reached())
             with patch.object(datasets_config, "HF_HUB_OFFLINE", unreached):
                 table = datasets.load_dataset(

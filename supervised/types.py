@@ -5,6 +5,7 @@ from typing import Protocol, TypeVar
 
 import chz
 
+from posttrain.backend.choices import check_choices
 from posttrain.backend.ranges import COUNT, SEED
 from posttrain.backend.types import Datum
 from posttrain.renderers.types import Renderer, TrainOnWhat
@@ -47,6 +48,10 @@ class SupervisedDatasetBuilder:
         default="mean", doc="mean = every example has the same weight in the loss; sum = every token has"
     )
     seed: int = chz.field(default=0, validator=SEED, doc="seed of the shuffle and of the train/test split")
+
+    @chz.validate
+    def _check_choices(self) -> None:
+        check_choices(self)
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         raise NotImplementedError

@@ -125,3 +125,17 @@ def test_an_adapter_of_mlx_is_named(base: Path, tmp_path: Path) -> None:
         open_merged(tmp_path, 0)
     with pytest.raises(ModelError, match="is an adapter of MLX.*merge it there"):
         model_config(str(tmp_path))
+
+
+# Trap: peft takes a setting away that it does not know, with a warning that nobody sees; of one within another it
+# takes nothing away, and begins anew until the stack is full.
+def test_settings_that_this_peft_does_not_know(base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    of_peft(base, tmp_path, {"target_modules": Q})
+    file = tmp_path / "adapter_config.json"
+    plain = json.loads(file.read_text())
+    file.write_text(json.dumps(plain | {"of_later": {"a": 1}, "off": None}))
+    open_merged(tmp_path, 0)
+    assert "has of_later={'a': 1}, which the installed peft does not know and leaves out" in capsys.readouterr().out
+    file.write_text(json.dumps(plain | {"monteclora_config": {"of_later": 1}}))
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json has a setting in monteclora_config that"):
+        open_merged(tmp_path, 0)

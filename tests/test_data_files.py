@@ -17,9 +17,14 @@ from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.renderers.turns import decode
 from posttrain.renderers.types import TrainOnWhat
+from posttrain.tracking.command_line import parse
+from preference.config import Config as DPOConfig
 from preference.forms import FileBuilder as PreferenceFile
 from preference.forms import form_of
+from preference.names import DATASETS as PAIR_SETS
 from supervised.data import ConversationFileBuilder, FileBuilder, PromptCompletionFileBuilder
+from supervised.names import DATASETS as SETS
+from supervised.train_cli import CLIConfig as SFTConfig
 from tests.jsonl_files import write
 
 TOKENIZER = character_tokenizer(512)
@@ -296,19 +301,26 @@ def test_rows_of_no_form_say_what_they_are(tmp_path: Path, row: dict[str, Any], 
 
 
 # Trap: a form is read from lines, and refused from the files in which its sets are published.
-@pytest.mark.parametrize("name", ["rows.jsonl.gz", "rows.json", "rows.json.gz", "rows.parquet"])
+@pytest.mark.parametrize(
+    "name", ["rows.jsonl.gz", "rows.json", "rows.json.gz", "rows.parquet", "ROWS.JSON", "Rows.PARQUET"]
+)
 def test_lists_gzip_and_tables_are_read_as_lines_are(tmp_path: Path, name: str):
     sets: list[tuple[Any, list[dict[str, Any]]]] = [
         (FileBuilder, [{"conversations": SHAREGPT, "system": "Add."}, {"conversations": SHAREGPT}]),
         (PreferenceFile, [{"prompt": [USER], "chosen": [ASSISTANT], "rejected": PAIR[2]}]),
     ]
+    for config, names in ((SFTConfig, SETS), (DPOConfig, PAIR_SETS)):  # as dataset=FILE, too
+        chosen: Any = parse(config, [f"dataset={tmp_path / name}"], {"dataset": names})
+        assert chosen.dataset.path == str(tmp_path / name)
     for builder, rows in sets:
         text = (
-            json.dumps(rows, indent=1) if ".json." in f"{name}." else "".join(map("{}\n".format, map(json.dumps, rows)))
+            json.dumps(rows, indent=1)
+            if ".json." in f"{name.lower()}."
+            else "".join(map("{}\n".format, map(json.dumps, rows)))
         )
         content = gzip.compress(text.encode()) if name.endswith(".gz") else text.encode()
         (tmp_path / name).write_bytes(content)
-        if name.endswith(".parquet"):
+        if name.lower().endswith(".parquet"):
             datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / name))
         found, lines = (builder(path=path) for path in (str(tmp_path / name), write(tmp_path / "lines.jsonl", *rows)))
         if builder is FileBuilder:
@@ -403,6 +415,18 @@ PAIR = ([USER], [ASSISTANT], [{"role": "assistant", "content": "6"}])
             "answers marked good and bad",
             PAIR,
         ),
+        *(
+            (
+                [{field: [first, answer], mark: good} for answer, good in zip(answers, (True, False), strict=True)],
+                "conversations marked good and bad",
+                PAIR,
+            )
+            for field, first, answers in (
+                ("messages", USER, (ASSISTANT, PAIR[2][0])),
+                ("conversations", SHAREGPT[0], (SHAREGPT[1], {"from": "gpt", "value": "6"})),
+            )
+            for mark in ("label", "kto_tag")
+        ),
     ],
 )
 def test_preferences_are_found_by_their_fields(tmp_path: Path, rows: list[dict[str, Any]], name: str, expected: Any):
@@ -444,6 +468,8 @@ def test_preferences_are_found_by_their_fields(tmp_path: Path, rows: list[dict[s
         ({"input": "a", "preferred_output": "b", "non_preferred_output": "c"}, "an object with 'messages'"),
         ({"input": {}, "preferred_output": "b", "non_preferred_output": "c"}, "no field 'prompt'"),
         ({"comparison": "a", "label": "A"}, "'comparison' must be an object with"),
+        ({"messages": [USER], "label": True}, "'messages' must end with the answer that 'label' marks"),
+        ({"messages": [USER, ASSISTANT], "label": 1}, "must be a list of messages, and 'label' true or false"),
     ],
 )
 def test_preferences_of_no_form_say_what_they_are(tmp_path: Path, row: dict[str, Any], complaint: str):

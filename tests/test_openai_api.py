@@ -5,6 +5,7 @@ import json
 import math
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPConnection
 from typing import Any, ClassVar, cast
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
 from posttrain.renderers import get_renderer
 from posttrain.renderers.turns import decode
+from posttrain.serve import openai_api
 from posttrain.serve.guard import Guard
 from posttrain.serve.local_server import LocalServer
 from posttrain.serve.openai_answers import ChatAnswer, ChatFeed
@@ -395,6 +397,33 @@ def test_a_stream_that_is_given_up_before_its_first_token_frees_its_place(models
         assert waiting.began.wait(PATIENCE)
         connection.close()
         assert waiting.cancelled.wait(PATIENCE)
+
+
+# Trap: requests beyond counting, or a body of 16 MiB in each.
+def test_a_request_that_finds_no_room_is_told_to_come_again(models: Table, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_api, "MOST_OPEN", 2)
+    go, fields = threading.Event(), {"model": "held", "prompt": "1+1=", "max_tokens": 1}
+
+    class Held(ServedModel):
+        async def sample(
+            self, prompt: list[int], n: int, params: SamplingParams, on_tokens: OnTokens
+        ) -> SampleResponse:
+            await asyncio.to_thread(go.wait, PATIENCE)
+            return SampleResponse([SampledSequence([97], [0.0], "stop")])
+
+    held = Table(held=Held(models["tiny"].client, models["tiny"].renderer))
+    with LocalServer(Starlette(routes=openai_routes(held))) as running, ThreadPoolExecutor(2) as two:
+        url = f"{running.url}/v1/completions"
+        asked = [two.submit(post, url, fields | {"stream": stream}) for stream in (False, True)]
+        refused: list[httpx.Response] = []
+        wait_until(lambda: (refused.append(post(url, {})) or refused[-1].status_code) == 429)
+        assert refused[-1].json()["error"]["code"] == "rate_limit_exceeded"
+        assert httpx.get(f"{running.url}/v1/models", timeout=PATIENCE).status_code == 200
+        go.set()
+        assert [answer.result().status_code for answer in asked] == [200, 200]
+        wait_until(lambda: post(url, fields).status_code == 200)  # both places are free
+        monkeypatch.setattr(openai_api, "MOST_OPEN_BYTES", 10)
+        assert post(url, fields).status_code == 429
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from posttrain.backend import placement
+from posttrain.backend import extras
 from posttrain.backend.cluster import Cluster
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
@@ -112,9 +112,10 @@ def test_options_that_contradict_each_other(options: dict, text: str) -> None:
 
 
 def test_without_ray_the_install_command_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "is_installed", lambda package: False)
     text = refused(check_placement, BackendConfig(trainer_processes=2))
-    assert text == "several processes need Ray, which is not installed: pip install 'posttrain-cookbook[cluster]'"
+    command = "pip install -e '.[cluster]' in the project's folder"
+    assert text == f"a run in several processes needs ray, which is not installed: {command}"
 
 
 def test_attention_heads_are_divided_evenly() -> None:
@@ -125,7 +126,7 @@ def test_attention_heads_are_divided_evenly() -> None:
 
 
 def test_only_two_files_import_ray() -> None:
-    root = Path(placement.__file__).parents[2]
+    root = Path(extras.__file__).parents[2]
     importers = {
         str(path.relative_to(root))
         for top in ("posttrain", "rl", "supervised", "preference", "envs", "recipes")

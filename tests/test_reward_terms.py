@@ -51,6 +51,11 @@ def test_the_penalty_is_in_the_reward_and_the_logged_reward_stays() -> None:
     assert out == {"length_reward": -0.5}
     (short,), _ = length_penalized([group([3, 4, 5, 6], [7, 8], correct=True)], LengthPenalty(kind="kimi"))
     assert short.get_total_rewards() == [0.5, 1.5]
+    idle = group([3, 4, 5, 6], [7, 8], correct=True)
+    idle.trajectories_G.append(Trajectory([]))  # of a game that ended before its seat's first turn
+    idle.final_rewards_G.append(0.5)
+    (played,), out = length_penalized([idle], LengthPenalty(kind="kimi"))
+    assert played.final_rewards_G == [-0.5, 0.5, 0.5] and out == {"length_reward": 0.0}
     with pytest.raises(DataError, match="needs the metric `correct`"):
         length_penalized([original], LengthPenalty(kind="kimi"))
     with pytest.raises(ConfigError, match=r"length.buffer=9 is more than the limit of 4 tokens"):

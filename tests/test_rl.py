@@ -139,6 +139,10 @@ def test_removing_constant_groups_keeps_rewards_and_trajectories_aligned() -> No
     assert trainable_groups([group([1])], LeaveOneOut(), remove_constant=False) == []
     games = [group([1, 0] * 2), group([1, 0, 1]), group([1, 0]), group([])]
     assert trainable_groups(games, SeatMean(), remove_constant=False) == [0]
+    # the first seat always wins: every advantage is 0
+    won = [group([1, -1, 1, -1]), group([1, -1, -1, 1]), group([1, -1, 1, -1, 1, 0])]
+    assert trainable_groups(won, SeatMean(), remove_constant=True) == [1, 2]
+    assert trainable_groups(won, GroupMean(), remove_constant=True) == [0, 1, 2]
 
 
 def test_substeps_are_cut_in_order() -> None:

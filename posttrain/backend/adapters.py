@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -353,6 +354,11 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
                 "tokens were added: resize the base (resize_token_embeddings), merge the adapter into it with peft, and "
                 "give the merged folder as the model"
             )
+    unknown = [name for name, value in config.items() if value and name not in PeftConfig.__dataclass_fields__]
+    if unknown:
+        print(
+            f"warning: {path} has {unknown[0]}={config[unknown[0]]}, which the installed peft does not know and leaves out"
+        )
     copies = _copies_of_base(path, own)
     head: Any = model.get_output_embeddings()
     tied = head.weight if head is not None and head.weight is model.get_input_embeddings().weight else None
@@ -360,6 +366,16 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
         # missing tensors are warned of, which the next lines make an error
         with warnings.catch_warnings(action="ignore"), _of_text_model(path) as folder:
             adapted = PeftModel.from_pretrained(model, str(folder))
+    except (
+        RecursionError
+    ) as error:  # peft takes an unknown setting away and begins anew, and again, if it is within one
+        within = ", ".join(
+            name for name, value in config.items() if isinstance(value, dict) and value and name not in PLAIN
+        )
+        raise CheckpointError(
+            f"{path / ADAPTER_CONFIG_FILE} has a setting in {within} that the installed peft does not know: update peft, or "
+            "take the setting away if it changes nothing"
+        ) from error
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"the adapter {path} does not fit its base model {base}: {reason}") from error

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Literal
 
 import chz
 
+from posttrain.backend.choices import check_choices
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, POSITIVE, POSITIVE_SHARE, WHOLE
 
@@ -163,6 +164,10 @@ class BackendConfig:
         doc="seconds after which a replica that has requests but decodes nothing is killed, and a rank that does not "
         "answer, or stands at a line of its loss, with all others; and that a process may take to start",
     )
+
+    @chz.validate
+    def _check_choices(self) -> None:
+        check_choices(self)
 
 
 def training_device(config: BackendConfig | None = None) -> "torch.device":

@@ -23,6 +23,7 @@ PER_TARGET = (*THRESHOLDS, "sequence_ratio_mask")
 def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
     """The loss by name, or a callable of the same signature. ConfigError for unknown options."""
     if not isinstance(loss_fn, str):
+        check_callable(loss_fn)
         return Loss(loss_fn, ())
     if loss_fn not in LOSSES:
         near = difflib.get_close_matches(loss_fn, LOSSES, n=1)
@@ -46,6 +47,7 @@ def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
     return loss
 
 
+<<<<<<< HEAD
 def check_thresholds(loss: Loss, loss_fn_config: dict | None, data_D: Sequence[Datum], first: int = 0) -> None:
     """ConfigError, or DataError for a Datum, where a ratio's lower bound is above its upper: torch would take
     the upper for every ratio."""
@@ -63,6 +65,11 @@ def check_thresholds(loss: Loss, loss_fn_config: dict | None, data_D: Sequence[D
         low_T, high_T = (bound if at is None else at.array for bound, at in zip(bounds, given, strict=True))
         if np.any(low_T > high_T):
             raise DataError(f"datum {d}: clip_low_threshold is above clip_high_threshold at some token: {about}")
+=======
+def check_callable(loss_fn: object) -> None:
+    if not callable(loss_fn):
+        raise ConfigError(f"loss_fn={loss_fn!r:.80} is neither a function nor one of {', '.join(LOSSES)}")
+>>>>>>> small
 
 
 def check_kinds(data_D: object) -> None:
@@ -87,6 +94,11 @@ def check_data(
     if not data_D:
         raise DataError("no data: forward and forward_backward need at least one Datum")
     keys = data_D[0].loss_fn_inputs.keys()
+    for name in keys - {*required, *PER_TARGET} if required else ():
+        if near := difflib.get_close_matches(name, PER_TARGET, n=1, cutoff=0.85):
+            raise DataError(
+                f"datum {first}: loss_fn_inputs has {name!r}, which no loss reads; did you mean {near[0]!r}?"
+            )
     for d, datum in enumerate(data_D, start=first):
         length, inputs = datum.model_input.length, datum.loss_fn_inputs
         if not length:

@@ -4,6 +4,7 @@ tests, demos and benchmarks, without downloads; vLLM and peft know their archite
 
 import copy
 import difflib
+import os
 import pickle
 import re
 from collections.abc import Iterator
@@ -163,6 +164,9 @@ def model_folder(name: str, weights: bool = False) -> Path:
 def checkpoint_folder(path: str) -> Path:
     """A folder, or for OWNER/NAME that is none the hub's model or adapter. CheckpointError where the
     hub does not give it; other folders that do not exist are their reader's to refuse."""
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(f"{path!r:.80} is no checkpoint: give its folder")
+    path = str(path)
     if "/" not in path:
         return Path(path).expanduser()
     try:

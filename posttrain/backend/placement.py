@@ -1,14 +1,12 @@
 """Which processes a BackendConfig needs, checked before one starts. Nothing here imports Ray."""
 
-from importlib.util import find_spec
 from typing import Any
 
 from transformers import PretrainedConfig
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
-
-INSTALL = "pip install 'posttrain-cookbook[cluster]'"
+from posttrain.backend.extras import need
 
 
 def uses_cluster(config: BackendConfig) -> bool:
@@ -63,8 +61,8 @@ def check_placement(config: BackendConfig) -> None:
         )
     if config.trainer_processes > 1:
         _check_trainers(config)
-    if uses_cluster(config) and find_spec("ray") is None:
-        raise ConfigError(f"several processes need Ray, which is not installed: {INSTALL}")
+    if uses_cluster(config):
+        need("ray", "a run in several processes")
 
 
 def _check_trainers(config: BackendConfig) -> None:

@@ -91,6 +91,9 @@ class SamplingClient(Ready):
         tokens = _tokens(prompt)
         if not isinstance(sampling_params, SamplingParams):
             raise DataError(f"the sampling_params are {sampling_params!r:.100}, not SamplingParams")
+        stops = sampling_params.stop if isinstance(sampling_params.stop, Sequence) else ()
+        if wrong := [stop for stop in stops if isinstance(stop, int) and not 0 <= stop < self._vocabulary]:
+            raise RangeError("stop", wrong[0], f"a token of the vocabulary of {self._vocabulary}, or a text")
         _check_topk(
             self._vocabulary, topk_prompt_logprobs=topk_prompt_logprobs, topk_sample_logprobs=topk_sample_logprobs
         )

@@ -4,6 +4,7 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from os import PathLike
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +28,7 @@ from posttrain.backend.futures import in_thread
 from posttrain.backend.models import PRESETS, checkpoint_folder, context_length, model_folder
 from posttrain.backend.openmp import release_workers
 from posttrain.backend.placement import check_placement
-from posttrain.backend.ranges import RangeError
+from posttrain.backend.ranges import SEED, RangeError
 from posttrain.backend.rest_client import RestClient
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.scalar_trainer import ScalarTrainer
@@ -61,6 +62,10 @@ class ServiceClient:
         ignore(default_headers_overrides=default_headers_overrides)
         if base_url is not None:
             raise ConfigError(f"base_url={base_url!r}: this backend runs in the process and talks to no service")
+        if config is not None and not isinstance(config, BackendConfig):
+            raise ConfigError(
+                f"config={config!r:.80} is no BackendConfig: write BackendConfig(max_length=512), for example"
+            )
         self.config = config or BackendConfig()
         self._checkpoint_dir = Path(checkpoint_dir).expanduser()
         check_placement(self.config)
@@ -110,6 +115,9 @@ class ServiceClient:
         self, kind: Literal["language", "scalar"], base_model: str, lora: LoraConfig | None, seed: int
     ) -> Trainer | TrainerGroup:
         """In this process, or in the training processes, which all training clients share."""
+        _check_model(base_model, seed)
+        if lora is not None and not isinstance(lora, LoraConfig):
+            raise ConfigError(f"lora={lora!r:.80} is no LoraConfig: write LoraConfig(rank=8), or None for all weights")
         if self.config.trainer_processes == 1:
             trainer = ScalarTrainer if kind == "scalar" else Trainer
             return trainer(base_model, self.config, seed, lora, self._engines.bases)
@@ -146,7 +154,7 @@ class ServiceClient:
             say_once(
                 "train_unembed is off by default here (in Tinker it is on): vLLM cannot load an adapter on lm_head"
             )
-        lora = LoraConfig(rank, seed, alpha, train_mlp, train_attn, bool(train_unembed))
+        lora = LoraConfig(rank, seed, alpha, train_mlp, train_attn, train_unembed or False)
         return self.create_training_client(base_model, lora, seed or 0)
 
     def create_training_client_from_state(
@@ -204,6 +212,7 @@ class ServiceClient:
         ignore(retry_config=retry_config, record_stability_info=record_stability_info)
         if (model_path is None) == (base_model is None):
             raise ConfigError("create_sampling_client needs either model_path or base_model")
+        _check_model(model_path or base_model, seed)
         if model_path is None and base_model not in PRESETS and is_adapter(model_folder(str(base_model))):
             model_path = base_model
         if model_path:
@@ -252,8 +261,17 @@ class ServiceClient:
 
 
 def _check_optimizer(optimizer: object) -> None:
-    if getattr(optimizer, "type", "adamw") != "adamw":
+    """By name, or the SDK's object or dict with a type."""
+    kind = optimizer.get("type") if isinstance(optimizer, Mapping) else getattr(optimizer, "type", optimizer)
+    if kind not in (None, "adamw"):
         raise ConfigError(f"optimizer={optimizer!r}: models are trained with AdamW here")
+
+
+def _check_model(name: object, seed: object) -> None:
+    if not isinstance(name, str | PathLike) or not str(name):
+        raise ModelError(f"{name!r:.80} is no model: give a preset, a folder or a name of the hub, as a text")
+    if needs := SEED.needs(seed):
+        raise RangeError("seed", seed, needs)
 
 
 def _trained_from(path: Path) -> tuple[str, LoraConfig | None, int]:

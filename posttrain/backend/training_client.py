@@ -6,6 +6,7 @@ meanwhile. Of the `_async` twins: awaiting the twin means queued, awaiting its r
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -105,6 +106,8 @@ class TrainingClient(Ready):
         """`loss_fn(data, logprobs_D) -> (loss, metrics)`, differentiated in one pass; its tensors are on the CPU."""
         if loss_type_input not in (None, "logprobs"):
             raise ConfigError(f"loss_type_input={loss_type_input!r}: a custom loss is given logprobs")
+        if not callable(loss_fn):
+            raise ConfigError(f"loss_fn={loss_fn!r:.80}: a custom loss is a function of data and logprobs")
         return self._submit_pass(self._trainer.run_custom, data, loss_fn)
 
     def refuse_pass(self, error: CookbookError) -> APIFuture[Any]:
@@ -193,7 +196,7 @@ class TrainingClient(Ready):
         """Weights and optimizer, with `extra` (JSON) for the loop; atomic, replaces a checkpoint of
         this name. NonFiniteError if a weight or an optimizer state is not finite."""
         ignore(ttl_seconds=ttl_seconds, overwrite=overwrite, user_metadata=user_metadata)
-        return self._thread.submit(self._save_state, self._checkpoint_dir / name, extra or {})
+        return self._thread.submit(self._save_state, _folder(self._checkpoint_dir, name), extra or {})
 
     def load_state(self, path: str, weights_access_token: str | None = None) -> APIFuture[LoadWeightsResponse]:
         """Loads weights only; the optimizer starts afresh, and accumulated gradients are dropped."""
@@ -213,7 +216,7 @@ class TrainingClient(Ready):
         sampler_weights: apart from a state of the same name, as in the SDK. NonFiniteError as in
         `save_state`."""
         ignore(ttl_seconds=ttl_seconds, user_metadata=user_metadata)
-        return self._thread.submit(self._save_for_sampler, self._checkpoint_dir / SAMPLER_FOLDER / name)
+        return self._thread.submit(self._save_for_sampler, _folder(self._checkpoint_dir / SAMPLER_FOLDER, name))
 
     def save_weights_external(
         self, name: str, ttl_seconds: int | None = None, age_encryption_recipients: list[str] | None = None
@@ -380,3 +383,10 @@ class TrainingClient(Ready):
     save_weights_for_sampler_async = accepted(save_weights_for_sampler)
     save_weights_external_async = accepted(save_weights_external)
     get_info_async = accepted(get_info)
+
+
+def _folder(parent: Path, name: str) -> Path:
+    """A checkpoint's, by its name or path. ConfigError for a name that stands for `parent` or a folder around it."""
+    if not isinstance(name, str | PathLike) or Path(name).name in ("", ".."):
+        raise ConfigError(f"name={name!r:.80} is no name of a checkpoint: give a text, as step_100")
+    return parent / name

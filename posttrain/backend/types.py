@@ -160,6 +160,9 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         check_ranges(self, rank=COUNT, seed=SEED, alpha=POSITIVE)
+        for name in ("train_mlp", "train_attn", "train_unembed"):
+            if not isinstance(value := getattr(self, name), bool):
+                raise RangeError(name, value, "True or False")
 
 
 @dataclass(frozen=True)

@@ -117,9 +117,7 @@ class ChatTemplateRenderer:
         return self._written[role]
 
     def _apply(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[int]:
-        plain = [self._for_template(message) for message in messages]
-        for fields in plain:
-            fields["content"] = self._spelled.marked(fields["role"], fields["content"])
+        plain = [self._spelled.marked_fields(self._for_template(message)) for message in messages]
         if self._in_parts:
             plain = [message | {"content": [{"type": "text", "text": message["content"]}]} for message in plain]
         tools: dict[str, Any] = {}

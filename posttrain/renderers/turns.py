@@ -100,6 +100,8 @@ def trained_messages(messages: Sequence[Message], train_on_what: TrainOnWhat) ->
     `train_on_what` disagree."""
     if not messages:
         raise DataError("a conversation without messages")
+    if train_on_what not in [*TrainOnWhat]:
+        raise ConfigError(f"train_on_what={train_on_what!r:.80} must be one of {', '.join(TrainOnWhat)}")
     customized = train_on_what == TrainOnWhat.CUSTOMIZED
     for i, message in enumerate(messages):
         if customized != ("trainable" in message):

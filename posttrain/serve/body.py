@@ -8,6 +8,7 @@ from typing import Any
 from starlette.requests import Request as HttpRequest
 
 from posttrain.backend.errors import DataError
+from posttrain.backend.extras import need
 
 NEEDED: Any = object()
 
@@ -35,6 +36,7 @@ def decompressed(content: bytes, encoding: str, most_bytes: int) -> bytes:
         return content
     if encoding != "zstd":
         raise BodyError(f"content-encoding {encoding[:40]!r}: the server reads zstd, or bodies as they are")
+    need("pyarrow", "a body compressed by zstd")
     import pyarrow  # takes a tenth of a second, and the SDK compresses only when it is told to
 
     try:

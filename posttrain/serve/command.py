@@ -12,6 +12,7 @@ import chz
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
+from posttrain.backend.extras import need
 from posttrain.backend.ranges import POSITIVE, SEED, Range
 from posttrain.tracking.command_line import parse
 from posttrain.tracking.frozen_heap import startup_objects_frozen
@@ -73,6 +74,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def serve(config: ServeConfig) -> None:
     """Runs until SIGINT or SIGTERM. Prints the address when it listens."""
+    for package in ("starlette", "uvicorn", "google.protobuf"):
+        need(package, "posttrain-serve")
     import uvicorn  # and torch below: --help and errors do not wait for them
 
     from posttrain.backend.service_client import ServiceClient

@@ -12,9 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
+from starlette.datastructures import Headers
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from posttrain.backend.errors import ContextLengthError, CookbookError, EngineError
 from posttrain.backend.ranges import RangeError
@@ -24,9 +27,10 @@ from posttrain.renderers import with_tools_as_json
 from posttrain.renderers.turns import encode_text
 from posttrain.renderers.types import Message, Renderer, Tokenizer
 from posttrain.serve.openai_answers import Answer, ChatAnswer, OnTokens, Served
-from posttrain.serve.openai_requests import Refusal, chat_request, completion_request, read_fields
+from posttrain.serve.openai_requests import MAX_BODY_BYTES, Refusal, chat_request, completion_request, read_fields
 
 OFFERED = "GET /v1/models, POST /v1/completions and POST /v1/chat/completions"
+MOST_OPEN, MOST_OPEN_BYTES = 20_000, 2**30
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
@@ -92,12 +96,39 @@ def openai_routes(models: Models) -> list[Route]:
         prompt, stop = model.prompt(renderer, conversation.messages), [*renderer.get_stop_sequences(), *options.stop]
         return await _answer(request, ChatAnswer(model, options, [prompt], stop, renderer=renderer))
 
+    at_once = [Middleware(AtOnce, AtOnce.Load())]
     return [
         Route("/v1/models", _guarded(listing), methods=["GET"]),
         Route("/v1/models/{name:path}", _guarded(card), methods=["GET"]),
-        Route("/v1/completions", _guarded(completions), methods=["POST"]),
-        Route("/v1/chat/completions", _guarded(chat), methods=["POST"]),
+        Route("/v1/completions", _guarded(completions), methods=["POST"], middleware=at_once),
+        Route("/v1/chat/completions", _guarded(chat), methods=["POST"], middleware=at_once),
     ]
+
+
+class AtOnce:
+    """Refuses a request, for a client to repeat it later, while MOST_OPEN others have no whole answer, or
+    their bodies and its own are more than MOST_OPEN_BYTES. A client that reads nothing counts until it goes."""
+
+    @dataclass
+    class Load:
+        requests: int = 0
+        num_bytes: int = 0
+
+    def __init__(self, app: ASGIApp, load: Load):
+        self._app, self._load = app, load
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        load, length = self._load, Headers(scope=scope).get("content-length", "")
+        num_bytes = int(length) if length.isdecimal() else MAX_BODY_BYTES
+        if load.requests >= MOST_OPEN or load.num_bytes + num_bytes > MOST_OPEN_BYTES:
+            text = "the server has no room for more requests at once; ask again later"
+            await error_response(429, text, code="rate_limit_exceeded")(scope, receive, send)
+            return
+        load.requests, load.num_bytes = load.requests + 1, load.num_bytes + num_bytes
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            load.requests, load.num_bytes = load.requests - 1, load.num_bytes - num_bytes
 
 
 def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:

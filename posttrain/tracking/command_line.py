@@ -22,6 +22,7 @@ from chz.factories import MetaFromString
 from chz.tiepin import CastError, type_repr
 
 from posttrain.backend.errors import ConfigError, CookbookError
+from posttrain.backend.extras import EXTRAS, how_to_install
 from posttrain.backend.ranges import RangeError
 from posttrain.tracking.command_help import help_text, presets_text, type_text
 from posttrain.tracking.how_to_resume import remember_options
@@ -294,7 +295,8 @@ def _matches(key: str, parameters: Mapping[str, Any]) -> list[str]:
 
 def _resolve(path: str, value: str, names: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     """The "module:Class" of a short name, and the fields the name sets."""
-    name = value if value in names else next((name for name in names if "*" in name and fnmatch(value, name)), None)
+    ending = value.lower()  # Windows writes .JSONL
+    name = value if value in names else next((name for name in names if "*" in name and fnmatch(ending, name)), None)
     if name is not None:
         target, *fields = (part.replace("{}", value) for part in names[name].split())
         return target, dict(field.split("=", 1) for field in fields)
@@ -339,7 +341,10 @@ def _near(target: str, error: Exception) -> str:
     cause = error.__context__
     missing = cause.name or module if isinstance(cause, ModuleNotFoundError) else module
     if not f"{module}.".startswith(f"{missing}."):
-        return f"; {missing.partition('.')[0]} is neither installed nor in the current folder"
+        package = missing.partition(".")[0]
+        if package in EXTRAS:
+            return f"; {package} is not installed: {how_to_install(package)}"
+        return f"; {package} is neither installed nor in the current folder"
     loaded = sys.modules.get(module)
     known = dir(loaded) if loaded else [file.stem for file in Path.cwd().glob("*.py")]
     near = difflib.get_close_matches(name if loaded else module, known, n=1)

@@ -20,6 +20,7 @@ from posttrain.backend.errors import (
     OutOfMemoryError,
     TrainerLostError,
 )
+from posttrain.backend.extras import how_to_install, is_installed
 from posttrain.tracking.checkpointing import Checkpointed, Checkpointer
 from posttrain.tracking.frozen_heap import startup_objects_frozen
 from posttrain.tracking.metrics_log import Metrics, MetricsLog, print_last_metrics, read_last_metrics, timed
@@ -151,9 +152,11 @@ class Run:
 
 
 def finish(folder: RunFolder, metrics: Mapping[str, float]) -> None:
-    """The end of a command: prints the last metrics, and the paths of plot, transcripts and model."""
+    """The end of a command: prints the last metrics, and the paths of plot, transcripts and model. A run
+    without matplotlib has no plot, which is no reason to fail at its end."""
     print_last_metrics(folder, metrics)
-    print(f"plot: {plot_run(folder.path)}")
+    has_plots = is_installed("matplotlib")
+    print(f"plot: {plot_run(folder.path) if has_plots else 'none; ' + how_to_install('matplotlib')}")
     if any(folder.transcripts.iterdir()):
         print(f"transcripts: {folder.transcripts}")
     print(f"checkpoint: {folder.checkpoints / 'final'}")

@@ -8,8 +8,10 @@ from typing import Any, Union, get_args, get_origin
 
 import chz
 
+from posttrain.backend.choices import check_choices
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
+from posttrain.backend.extras import need
 from posttrain.backend.learning_rate import LRSchedule, learning_rate_at
 from posttrain.backend.ranges import COUNT, DECAY, LEARNING_RATE, NON_NEGATIVE, POSITIVE, SEED, WHOLE
 from posttrain.backend.tokenizers import load_tokenizer
@@ -77,6 +79,18 @@ class RunConfig:
                 raise ConfigError(
                     f"{name}={value!r:.80} is no object of {wanted[0].__name__}: from Python write {example}(...)"
                 )
+        check_choices(self)
+
+    @chz.validate
+    def _check_loggers(self) -> None:
+        """They are opened when the model is there."""
+        for name, package in {
+            "wandb_project": "wandb",
+            "tensorboard": "tensorboard",
+            "trackio_project": "trackio",
+        }.items():
+            if value := getattr(self, name):
+                need(package, f"{name}={value}")
 
 
 @chz.chz

@@ -1,0 +1,35 @@
+"""Packages that only some runs need: where one is missing, that is said before a model or a folder is opened."""
+
+import sys
+from importlib.util import find_spec
+
+from posttrain.backend.errors import ConfigError
+
+# package -> the extra of pyproject.toml that installs it
+EXTRAS = {
+    **dict.fromkeys(("matplotlib", "datasets", "math_verify"), "train"),
+    **dict.fromkeys(("textarena", "bm25s"), "games"),
+    **dict.fromkeys(("starlette", "uvicorn", "google.protobuf", "pyarrow"), "serve"),
+    "ray": "cluster",
+    **{name: name for name in ("wandb", "tensorboard", "trackio", "verifiers")},
+}
+
+
+def need(package: str, option: str) -> None:
+    """ConfigError, with the command that installs it, where `option` needs a package that is missing."""
+    if not is_installed(package):
+        raise ConfigError(f"{option} needs {package}, which is not installed: {how_to_install(package)}")
+
+
+def is_installed(package: str) -> bool:
+    """Does not import it, which takes seconds."""
+    if sys.modules.get(package) is not None:
+        return True
+    try:
+        return find_spec(package) is not None
+    except ModuleNotFoundError:  # its parent
+        return False
+
+
+def how_to_install(package: str) -> str:
+    return f"pip install -e '.[{EXTRAS[package]}]' in the project's folder"
