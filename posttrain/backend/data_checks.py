@@ -47,7 +47,6 @@ def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
     return loss
 
 
-<<<<<<< HEAD
 def check_thresholds(loss: Loss, loss_fn_config: dict | None, data_D: Sequence[Datum], first: int = 0) -> None:
     """ConfigError, or DataError for a Datum, where a ratio's lower bound is above its upper: torch would take
     the upper for every ratio."""
@@ -65,11 +64,11 @@ def check_thresholds(loss: Loss, loss_fn_config: dict | None, data_D: Sequence[D
         low_T, high_T = (bound if at is None else at.array for bound, at in zip(bounds, given, strict=True))
         if np.any(low_T > high_T):
             raise DataError(f"datum {d}: clip_low_threshold is above clip_high_threshold at some token: {about}")
-=======
+
+
 def check_callable(loss_fn: object) -> None:
     if not callable(loss_fn):
         raise ConfigError(f"loss_fn={loss_fn!r:.80} is neither a function nor one of {', '.join(LOSSES)}")
->>>>>>> small
 
 
 def check_kinds(data_D: object) -> None:
