@@ -1,5 +1,5 @@
 """Episodes of another library as environments. Without the library its part is played by a few
-lines; with it (`pip install posttrain-cookbook[verifiers]`) real tasksets are written and run.
+lines; with it (`pip install -e .[verifiers]`) real tasksets are written and run.
 """
 
 import asyncio
