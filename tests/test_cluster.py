@@ -22,9 +22,7 @@ from tests.processes import Actor, descendants, runs, wait_until
 
 pytestmark = [
     pytest.mark.cluster,
-    pytest.mark.skipif(
-        find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[cluster]'"
-    ),
+    pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed: pip install -e '.[cluster]'"),
 ]
 
 
