@@ -366,9 +366,8 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
         # missing tensors are warned of, which the next lines make an error
         with warnings.catch_warnings(action="ignore"), _of_text_model(path) as folder:
             adapted = PeftModel.from_pretrained(model, str(folder))
-    except (
-        RecursionError
-    ) as error:  # peft takes an unknown setting away and begins anew, and again, if it is within one
+    except RecursionError as error:
+        # peft takes an unknown setting away and begins anew; one within another setting stays, for ever
         within = ", ".join(
             name for name, value in config.items() if isinstance(value, dict) and value and name not in PLAIN
         )
