@@ -181,7 +181,7 @@ def test_held_out_tasks_are_drawn_and_groups_pickle(stand_in):
 
 @pytest.mark.skipif(bool(LIBRARY), reason="the library is installed")
 def test_without_the_library_the_error_says_what_to_install():
-    with pytest.raises(ConfigError, match=r"posttrain-cookbook\[verifiers\]"):
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[verifiers\]'"):
         asyncio.run(builder()(RENDERER))
 
 
