@@ -78,10 +78,9 @@ class Answer:
         scores_last = options.logprobs is not None and (options.temperature > 0 or options.logprobs > 1)
         room = self.model.max_length - len(prompt) - scores_last
         if room < (options.max_tokens or 1):
-            raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens, max_tokens is {options.max_tokens or 'not given'}, and the "
-                f"context has {self.model.max_length}: they do not fit"
-                + (" (logprobs take one more)" if scores_last else "")
+            raise ContextLengthError(  # begun as OpenAI and vLLM do: clients know the error by these words
+                f"this model's maximum context length is {self.model.max_length} tokens: the prompt has {len(prompt)}, "
+                f"and max_tokens is {options.max_tokens or 'not given'}" + ("; logprobs take one more" * scores_last)
             )
         # the backend's seeds are not negative
         seed = None if options.seed is None else options.seed % 2**63
