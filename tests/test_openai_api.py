@@ -284,6 +284,7 @@ def test_an_answer_with_logprobs_may_fill_the_context(client: openai.OpenAI, mod
     assert answer.logprobs and answer.logprobs.token_logprobs and len(answer.logprobs.token_logprobs) <= 2
 
 
+LONG = {"messages": [{"role": "user", "content": "x" * 600}]}
 BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"model": "gpt-4"}, 404, "model", "there is no model 'gpt-4' here; this server has tiny"),
     ({"model": None}, 400, "model", "model is missing"),
@@ -298,7 +299,7 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"top_p": 0}, 400, "top_p", "from 1e-06 to 1"),
     ({"max_tokens": True}, 400, "max_tokens", "a whole number"),
     ({"max_tokens": 10**6}, 400, "prompt", "this model's maximum context length is 512 tokens"),
-    ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "prompt", "tokens"),
+    (LONG, 400, "prompt", "the prompt is too long: this model's maximum context length is 512 tokens"),
     ({"stop": [""]}, 400, "stop", "none of them empty"),
     ({"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "from 0 to 20"),
