@@ -368,7 +368,7 @@ def external() -> None:
     path = client.save_weights_external("out").result().path
     urls = service().create_rest_client().get_external_weights_urls(path).result().urls
     assert "adapter_model.safetensors" in urls, urls
-    assert "encrypted" in error_of(lambda: client.save_weights_external("x", None, ["age1"]).result())
+    assert "age-keygen" in error_of(lambda: client.save_weights_external("x", None, ["age1"]).result())
     assert "no endpoint" in error_of(lambda: service().create_rest_client().copy_weights(path, "project").result())
 
 

@@ -13,6 +13,7 @@ from envs.math_word import MathGrader
 from envs.retrieval import Index
 from posttrain.backend import extras
 from posttrain.backend.errors import ConfigError
+from posttrain.serve.age import read_recipients
 from posttrain.serve.body import decompressed
 from posttrain.serve.command import ServeConfig, serve
 from posttrain.tracking import run
@@ -31,6 +32,7 @@ NEEDS: dict[str, Callable[[], object]] = {
     "bm25s": lambda: Index(["a"], 1),
     "datasets": lambda: table_rows("owner/name", None, "train"),
     "pyarrow": lambda: decompressed(b"", "zstd", 10),
+    "cryptography": lambda: read_recipients(["age1"]),
     "starlette": lambda: serve(ServeConfig(model="micro")),
 }
 

@@ -284,6 +284,7 @@ def test_an_answer_with_logprobs_may_fill_the_context(client: openai.OpenAI, mod
     assert answer.logprobs and answer.logprobs.token_logprobs and len(answer.logprobs.token_logprobs) <= 2
 
 
+LONG = {"messages": [{"role": "user", "content": "x" * 600}]}
 BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"model": "gpt-4"}, 404, "model", "there is no model 'gpt-4' here; this server has tiny"),
     ({"model": None}, 400, "model", "model is missing"),
@@ -297,8 +298,8 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"temperature": 3}, 400, "temperature", "from 0 to 2"),
     ({"top_p": 0}, 400, "top_p", "from 1e-06 to 1"),
     ({"max_tokens": True}, 400, "max_tokens", "a whole number"),
-    ({"max_tokens": 10**6}, 400, "prompt", "the context has 512"),
-    ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "prompt", "tokens"),
+    ({"max_tokens": 10**6}, 400, "prompt", "this model's maximum context length is 512 tokens"),
+    (LONG, 400, "prompt", "the prompt is too long: this model's maximum context length is 512 tokens"),
     ({"stop": [""]}, 400, "stop", "none of them empty"),
     ({"top_logprobs": 2}, 400, "top_logprobs", "needs logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, 400, "top_logprobs", "from 0 to 20"),
@@ -313,7 +314,7 @@ BAD: list[tuple[dict[str, Any], int, str | None, str]] = [
     ({"tools": [ADD], "parallel_tool_calls": False}, 400, "parallel_tool_calls", "not offered"),
     ({"messages": [{"role": "user", "content": 5}]}, 400, "messages", "{'role': 'user', 'content': 5}"),
     ({"temprature": 1}, 400, "temprature", "did you mean 'temperature'?"),
-    ({"stream": True, "max_tokens": 10**6}, 400, "prompt", "the context has 512"),
+    ({"stream": True, "max_tokens": 10**6}, 400, "prompt", "this model's maximum context length is 512 tokens"),
 ]
 
 

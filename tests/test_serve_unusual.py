@@ -54,7 +54,7 @@ async def test_a_refused_request_uses_its_number_up(http: Http, state: State) ->
     refused: list[tuple[str, str, dict[str, Any]]] = [
         ("save_weights", "overwrite", {"path": "a", "overwrite": "yes"}),
         ("save_weights_for_sampler", "sampling_session_seq_id", {"sampling_session_seq_id": "x"}),
-        ("save_weights_external", "encrypt", {"path": "b", "age_encryption_recipients": ["age1"]}),
+        ("save_weights_external", "age-keygen", {"path": "b", "age_encryption_recipients": ["age1"]}),
         ("load_weights", "path", {"path": 5}),
         ("load_weights", "optimizer", {"path": "tinker://x/weights/a", "optimizer": "no"}),
         ("optim_step", "lr", {"adam_params": {"lr": 1}}),

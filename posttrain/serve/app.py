@@ -19,6 +19,7 @@ from starlette.routing import Mount, Route
 from posttrain.backend.errors import CookbookError, DataError
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, LoraConfig, SamplingParams
+from posttrain.serve.age import read_recipients
 from posttrain.serve.body import Body, BodyError, body_of, decompressed, page
 from posttrain.serve.checkpoint_endpoints import CHECKPOINT_ENDPOINTS
 from posttrain.serve.guard import MOST_BODY_BYTES, Guard
@@ -260,11 +261,12 @@ async def save_weights(kind: str, state: State, request: HttpRequest) -> Respons
         if kind == "sampler_weights" and name is None:
             follow = body.text("kind", "snapshot") == "inflight"
             return _accepted(state.snapshot(model_id, seq_id, body.integer("sampling_session_seq_id", seq_id), follow))
-        if body.fields.get("age_encryption_recipients"):
-            raise BodyError("age_encryption_recipients: this server writes weights as they are, not encrypted")
+        recipients = read_recipients(body.listing("age_encryption_recipients", []))
+        if recipients and kind != "external_weights":
+            raise BodyError("age_encryption_recipients: it is save_weights_external that encrypts")
         overwrite = kind != "weights" or body.flag("overwrite", False)
         ttl_seconds, metadata = body.fields.get("ttl_seconds"), body.texts("user_metadata")
-    return _accepted(state.save(model_id, seq_id, kind, name, ttl_seconds, overwrite, metadata))
+    return _accepted(state.save(model_id, seq_id, kind, name, ttl_seconds, overwrite, metadata, recipients))
 
 
 # --- sampling ------------------------------------------------------------------------------------

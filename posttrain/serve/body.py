@@ -78,8 +78,8 @@ class Body:
     def flag(self, name: str, default: Any = NEEDED) -> Any:
         return self._get(name, bool, "true or false", default)
 
-    def listing(self, name: str) -> Any:
-        return self._get(name, list, "a list", NEEDED)
+    def listing(self, name: str, default: Any = NEEDED) -> Any:
+        return self._get(name, list, "a list", default)
 
     def record(self, name: str, default: Any = NEEDED) -> "Body | Any":
         value = self._get(name, dict, "an object", default)

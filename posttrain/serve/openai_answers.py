@@ -78,10 +78,12 @@ class Answer:
         scores_last = options.logprobs is not None and (options.temperature > 0 or options.logprobs > 1)
         room = self.model.max_length - len(prompt) - scores_last
         if room < (options.max_tokens or 1):
+            # clients know the error by these words of OpenAI and others
+            begins = "" if room > 0 else "the prompt is too long: "
+            ends = "; logprobs take one more" if scores_last else ""
             raise ContextLengthError(
-                f"the prompt has {len(prompt)} tokens, max_tokens is {options.max_tokens or 'not given'}, and the "
-                f"context has {self.model.max_length}: they do not fit"
-                + (" (logprobs take one more)" if scores_last else "")
+                f"{begins}this model's maximum context length is {self.model.max_length} tokens: the prompt has "
+                f"{len(prompt)}, and max_tokens is {options.max_tokens or 'not given'}{ends}"
             )
         # the backend's seeds are not negative
         seed = None if options.seed is None else options.seed % 2**63

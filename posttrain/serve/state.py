@@ -19,6 +19,7 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, LoraConfig, ModelInput, SamplingParams
+from posttrain.serve.age import save_encrypted
 from posttrain.serve.bases import BaseModel
 from posttrain.serve.order import GAP_SECONDS, NumberedQueue
 from posttrain.serve.requests import PROTOBUF, Answer, Request, Requests, json_answer
@@ -299,12 +300,16 @@ class State:
         ttl_seconds: int | None,
         overwrite: bool,
         user_metadata: dict[str, str] | None,
+        recipients: Sequence[bytes] = (),
     ) -> Request:
+        """`recipients`: public keys that the files are encrypted to."""
+
         async def start(client: TrainingClient) -> Answer:
+            write = client.save_state if kind == "weights" else client.save_weights_for_sampler
             saved = name if name is not None else f"{seq_id:06d}"
             path = f"tinker://{model_id}/{kind}/{check_name(saved)}"
             with self.store.writing(model_id, kind, saved, ttl_seconds, user_metadata, overwrite) as folder:
-                await (client.save_state if kind == "weights" else client.save_weights_for_sampler)(str(folder))
+                await (save_encrypted(write, folder, recipients) if recipients else write(str(folder)))
             return json_answer({"path": path})
 
         return self.submit(model_id, seq_id, start)
