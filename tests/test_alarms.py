@@ -17,10 +17,11 @@ import torch
 import posttrain.backend.trainer
 import supervised.train
 from envs.arithmetic import ArithmeticExamplesBuilder
-from posttrain.backend.alarms import PROBE_SAMPLES, Alarms, Gap, sampler_gaps
+from posttrain.backend.alarms import PROBE_SAMPLES, Alarms, Gap, example_sequences, sampler_gaps
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import LogprobGapError, NonFiniteError
 from posttrain.backend.routing import Router
+from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.torch_sampler import TorchSampler
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.training_client import TrainingClient
@@ -338,3 +339,11 @@ def test_rounding_grows_as_the_temperature_falls() -> None:
 def test_the_gap_by_hand() -> None:
     gap = Gap.between([np.array([-1.0, -2.0]), np.array([-3.0])], [np.array([-1.5, -2.0]), np.array([-2.0])])
     assert (gap.mean, gap.largest) == (0.5, 1.0) and Gap.between([], []) == Gap(0.0, 0.0)
+
+
+# Trap: transformers warned of "indexing errors" in a run of a short context, of a text that is cut before it is read.
+def test_the_text_of_the_check_at_the_start_is_no_warning_of_a_short_context(tmp_path: Path) -> None:
+    with ServiceClient(BackendConfig(engine="torch", max_length=64), tmp_path) as service:
+        client = service.create_training_client("micro")
+        assert max(map(len, example_sequences(client))) < 64
+        assert "sequence-length-is-longer-than-the-specified-maximum" not in client.get_tokenizer().deprecation_warnings

@@ -2,12 +2,15 @@
 new one is there, whole.
 """
 
+import os
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from posttrain.backend.atomic_folder import atomic_folder, recover_folders
 from posttrain.backend.errors import CheckpointError
@@ -126,3 +129,18 @@ def test_a_folder_that_holds_something_else_is_not_replaced(tmp_path: Path) -> N
         with pytest.raises(CheckpointError, match=f"it holds ({held}).* choose another name"):
             write(path)
     assert sorted(tmp_path.rglob("*")) == before and (tmp_path / "papers" / "thesis").read_text() == "mine"
+
+
+# Trap: weights that a colleague, or a server of another user, could not read beside a config that they could.
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_every_file_has_the_permissions_of_a_new_one(umask: int, mode: int, tmp_path: Path) -> None:
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "model") as folder:
+            (folder / "inner").mkdir()
+            save_file({"weight": torch.zeros(2)}, folder / "inner" / "model.safetensors")
+            (folder / "config.json").write_text("{}")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "model").rglob("*") if path.is_file()]
+    assert [path.stat().st_mode & 0o777 for path in files] == [mode, mode]

@@ -3,6 +3,7 @@ option. It was taken for another choice, in silence.
 """
 
 import os
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,26 @@ def test_objects_within_lists_are_checked_and_paths_and_names_of_an_enum_are_tak
     assert _needs(tuple[str, ...], "abc") == "a list, each a text" and _needs(tuple[str, ...], ["abc"]) is None
     assert _allowed(int, "abc") is None and _needs(int | str, object()) is None  # ranges.py checks numbers
     assert RunConfig(log_path=str(Path("runs/x"))).log_path == "runs/x"
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+@chz.chz
+class _OfAUser(RLDatasetBuilder):
+    colour: Colour = Colour.RED
+    unnamed: str = None  # type: ignore[assignment]
+    parts: list[str] = chz.field(x_type=str, munger=lambda _, value: value.split(","), default="")
+    elsewhere: "Elsewhere | None" = None  # type: ignore[name-defined]  # noqa: F821  # under TYPE_CHECKING, or in a function
+
+
+# Trap: these were refused or ended in a NameError, though chz takes them.
+def test_a_builder_of_a_user_may_have_what_chz_takes():
+    made = _OfAUser(colour=Colour.RED, unnamed=None, parts="a,b", elsewhere=object())  # type: ignore[arg-type]
+    assert _OfAUser() and chz.replace(made, seed=1).parts == ["a", "b"]
+    with pytest.raises(ConfigError, match="colour='red' must be one of"):
+        _OfAUser(colour="red")  # type: ignore[arg-type]
 
 
 def test_the_clients_name_what_they_cannot_take(torch_service: ServiceClient):

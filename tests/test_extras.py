@@ -59,6 +59,13 @@ def test_what_is_installed_is_found_without_an_import() -> None:
     assert "tabnanny" not in sys.modules and extras.is_installed("tabnanny") and "tabnanny" not in sys.modules
 
 
+# Trap: a folder `datasets` or `wandb` in the current one, which Python imports as an empty package.
+def test_a_folder_of_a_packages_name_is_no_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "no_such_package").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not extras.is_installed("no_such_package")
+
+
 def test_a_run_without_matplotlib_ends_well(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

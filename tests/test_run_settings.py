@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import chz
+import numpy as np
 import pytest
 
 from envs.arithmetic import ArithmeticExamplesBuilder
@@ -154,6 +155,11 @@ def test_functions_are_written_without_their_addresses() -> None:
     assert not changes(saved, config_to_json(again))
     assert changes_text(changes(saved, config_to_json(other))) == "partial.keywords.limit=5 (now 6)"
     assert json.loads(json.dumps(saved))["partial"]["function"].endswith(":functions.<locals>.short")
+
+
+def test_numbers_of_numpy_are_the_numbers_that_they_are() -> None:
+    saved = config_to_json({"max_steps": np.int64(3), "learning_rate": np.float32(0.5)})
+    assert saved == json.loads(json.dumps(saved)) == {"max_steps": 3, "learning_rate": 0.5}
 
 
 # Trap: sixty steps are asked for, and the run ends after the 42 that an epoch has.

@@ -197,7 +197,7 @@ def example_sequences(client: TrainingClient) -> tuple[list[int], list[int], lis
     """Two sequences of equal length with different tails, and a shorter sequence of its own."""
     info, tokenizer = client.get_info(), client.get_tokenizer()
     length = min(START_TOKENS[info.device.split(":")[0]], info.max_length - 1)
-    text = tokenizer.encode(TEXT, add_special_tokens=False)
+    text = tokenizer.encode(TEXT, add_special_tokens=False, verbose=False)  # it may be longer than a context
     tokens = (text * (2 * length // len(text) + 1))[: 2 * length]
     tail = min(TAIL, length // 4)
     shared = tokens[: length - tail]

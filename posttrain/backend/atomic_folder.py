@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -33,6 +33,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         yield temporary
         _check_alike(path, temporary)
         for file in [*temporary.rglob("*"), temporary]:
+            if file.is_file():
+                _readable_as(temporary, file)
             _fsync(file)
         _replace(path, temporary)
         _fsync(path.parent)
@@ -106,6 +108,12 @@ def _exchange(a: Path, b: Path) -> bool:
     if code in NOT_SUPPORTED:
         return False
     raise OSError(code, os.strerror(code), str(a))
+
+
+def _readable_as(folder: Path, file: Path) -> None:
+    """safetensors makes files that nobody else can read, whatever the umask, which the new folder has followed."""
+    with suppress(OSError):  # a file system without permissions
+        file.chmod(folder.stat().st_mode & 0o666)
 
 
 def _fsync(path: Path) -> None:

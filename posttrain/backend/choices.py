@@ -9,6 +9,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 import chz
+from chz.field import Field
 
 from posttrain.backend.errors import ConfigError
 
@@ -20,11 +21,21 @@ def check_choices(config: Any) -> None:
             raise ConfigError(f"{path}={value!r:.80} must be {needs}")
 
 
+def option_type(field: Field) -> Any:
+    """The type of a field's values; Any where its module does not know it (TYPE_CHECKING, a class in a function)."""
+    try:
+        return field.x_type
+    except (NameError, AttributeError):
+        return Any
+
+
 def _options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Path, type and value of each option."""
+    """Path, type and value of each option that has another value than its default."""
     for name, field in chz.chz_fields(config).items():
         value, path = getattr(config, name), prefix + name
-        yield path, field.x_type, value
+        given = getattr(config, field.x_name)  # before its munger, which may make another type of it
+        if given is not field._default:
+            yield path, option_type(field), given
         within = {f"{path}.{i}.": item for i, item in enumerate(value)} if isinstance(value, list | tuple) else {}
         for inner, item in (within or {f"{path}.": value}).items():
             if chz.is_chz(item) and not isinstance(item, type):
@@ -56,7 +67,7 @@ def _allowed(kind: Any, value: Any) -> tuple[str, bool] | None:
     if isinstance(kind, type) and issubclass(kind, Enum):
         choices = tuple(kind)
     return (
-        (f"one of {', '.join(map(str, choices))}", isinstance(value, str | int) and value in choices)
+        (f"one of {', '.join(map(str, choices))}", isinstance(value, str | int | Enum) and value in choices)
         if choices
         else None
     )

@@ -26,9 +26,10 @@ def is_installed(package: str) -> bool:
     if sys.modules.get(package) is not None:
         return True
     try:
-        return find_spec(package) is not None
+        spec = find_spec(package)
     except ModuleNotFoundError:  # its parent
         return False
+    return spec is not None and spec.origin is not None  # a folder of this name ("datasets") has none
 
 
 def how_to_install(package: str) -> str:

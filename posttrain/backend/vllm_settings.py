@@ -2,7 +2,6 @@
 Nothing here imports vLLM.
 """
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from transformers import PretrainedConfig
 
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
 from posttrain.backend.errors import ConfigError
+from posttrain.backend.extras import is_installed
 from posttrain.backend.memory import kv_cache_bytes
 from posttrain.backend.types import LoraConfig
 from posttrain.backend.vllm_lora import lora_args, room_for, tokens_of_a_step
@@ -22,7 +22,7 @@ GRAPH_STEP = 16  # between the largest sizes that vLLM captures; it leaves out a
 
 def vllm_is_installed() -> bool:
     """Without the import, which takes seconds."""
-    return find_spec("vllm") is not None
+    return is_installed("vllm")
 
 
 def samples_with_vllm(config: BackendConfig) -> bool:

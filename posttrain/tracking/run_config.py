@@ -8,7 +8,7 @@ from typing import Any, Union, get_args, get_origin
 
 import chz
 
-from posttrain.backend.choices import check_choices
+from posttrain.backend.choices import check_choices, option_type
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.extras import need
@@ -70,7 +70,7 @@ class RunConfig:
     def _check_objects(self) -> None:
         """A class in place of an object, or a name that only the command line reads, would fail far from here."""
         for name, field in chz.chz_fields(self).items():
-            value, kind = getattr(self, name), field.x_type
+            value, kind = getattr(self, name), option_type(field)
             kinds = [*get_args(kind)] if get_origin(kind) in (Union, UnionType) else [kind]
             classes = [kind for kind in kinds if isinstance(kind, type)]
             wanted = [kind for kind in classes if chz.is_chz(kind)]

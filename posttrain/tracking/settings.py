@@ -3,6 +3,7 @@ config.json of a run folder (run_folder.py), NAME.made_with.json of a stage (sta
 """
 
 import json
+import numbers
 import os
 import re
 from collections.abc import Collection, Mapping
@@ -73,6 +74,8 @@ def _to_json(value: Any, top: bool = False) -> Any:
         return value if value - value == 0 else str(value)  # inf and nan are not JSON
     if isinstance(value, Enum):
         return _to_json(value.value)
+    if isinstance(value, numbers.Real):  # numpy's
+        return _to_json(int(value) if isinstance(value, numbers.Integral) else float(value))
     if isinstance(value, partial):
         return {"function": _to_json(value.func), "args": _to_json(value.args), "keywords": _to_json(value.keywords)}
     if isinstance(value, type) or (callable(value) and hasattr(value, "__qualname__")):
