@@ -32,7 +32,7 @@ NEEDS: dict[str, Callable[[], object]] = {
     "bm25s": lambda: Index(["a"], 1),
     "datasets": lambda: table_rows("owner/name", None, "train"),
     "pyarrow": lambda: decompressed(b"", "zstd", 10),
-    "cryptography": lambda: read_recipients(["age1"]),
+    "pyrage": lambda: read_recipients(["age1"]),
     "starlette": lambda: serve(ServeConfig(model="micro")),
 }
 

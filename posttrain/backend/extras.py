@@ -9,7 +9,7 @@ from posttrain.backend.errors import ConfigError
 EXTRAS = {
     **dict.fromkeys(("matplotlib", "datasets", "math_verify"), "train"),
     **dict.fromkeys(("textarena", "bm25s"), "games"),
-    **dict.fromkeys(("starlette", "uvicorn", "google.protobuf", "pyarrow", "cryptography"), "serve"),
+    **dict.fromkeys(("starlette", "uvicorn", "google.protobuf", "pyarrow", "pyrage"), "serve"),
     "ray": "cluster",
     **{name: name for name in ("wandb", "tensorboard", "trackio", "verifiers")},
 }

@@ -300,7 +300,7 @@ class State:
         ttl_seconds: int | None,
         overwrite: bool,
         user_metadata: dict[str, str] | None,
-        recipients: Sequence[bytes] = (),
+        recipients: Sequence[Any] = (),
     ) -> Request:
         """`recipients`: public keys that the files are encrypted to."""
 
