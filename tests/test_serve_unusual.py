@@ -46,6 +46,21 @@ async def test_fields_that_would_be_ignored_are_refused_by_name(http: Http, stat
     assert "lr" in await error_of(http, step)
 
 
+# As the service does it: the cookbook's proxy and its litellm provider tell agents to shorten their
+# history if a sample is refused with status 400, and not if it fails later.
+@app_test
+async def test_a_prompt_without_room_for_an_answer_is_refused_at_once(http: Http, state: State) -> None:
+    sampler, context = await base_sampler(http), state.base("m").max_length
+    for number, (length, status) in enumerate([(context, 400), (context - 1, 200), (10 * context, 400)]):
+        prompt = {"chunks": [{"type": "encoded_text", "tokens": [70] * length}]}
+        answer = await http.call("asample", **sample_of(sampler, number, prompt=prompt))
+        assert answer.status_code == status
+        if status == 200:
+            assert (await http.result(answer)).headers["content-type"] == "application/x-protobuf"
+        else:
+            assert "prompt is too long" in answer.json()["detail"]
+
+
 # Trap: the requests after a refused one wait a minute for its number, and fail.
 @app_test
 async def test_a_refused_request_uses_its_number_up(http: Http, state: State) -> None:

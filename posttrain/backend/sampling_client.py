@@ -176,11 +176,7 @@ class SamplingClient(Ready):
         """Number of tokens that fit after the prompt. Bad input raises here, not in the engine."""
         if not tokens:
             raise DataError("the prompt is empty: there is nothing to sample from")
-        if len(tokens) >= self.max_length:
-            raise ContextLengthError(
-                f"the prompt has {len(tokens)} tokens, and the context of {self.max_length} (backend.max_length) has no "
-                "room for an answer"
-            )
+        check_prompt_fits(len(tokens), self.max_length)
         if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
             raise DataError(
                 f"the prompt has a token outside the vocabulary of {self._vocabulary}: was it made with another "
@@ -189,6 +185,15 @@ class SamplingClient(Ready):
         if needs := COUNT.needs(num_samples):
             raise RangeError("num_samples", num_samples, needs)
         return self.max_length - len(tokens)
+
+
+def check_prompt_fits(prompt_tokens: int, max_length: int) -> None:
+    """ContextLengthError for a prompt after which not one token fits."""
+    if prompt_tokens >= max_length:
+        raise ContextLengthError(
+            f"the prompt is too long: it has {prompt_tokens} tokens, and the context of {max_length} "
+            "(backend.max_length) has no room for an answer"
+        )
 
 
 def _tokens(prompt: ModelInput) -> list[int]:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.backend.errors import ConfigError, CookbookError
-from posttrain.backend.sampling_client import SamplingClient
+from posttrain.backend.sampling_client import SamplingClient, check_prompt_fits
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, LoraConfig, ModelInput, SamplingParams
@@ -410,6 +410,8 @@ class State:
         if request := self.requests.repeated(key):
             return request
         self._check_room()
+        # refused at once, as the service does it: agents see that and shorten their history
+        check_prompt_fits(len(prompt), self.base(sampler.base_model).max_length)
 
         async def work() -> Answer:
             params, topk = options.params(), options.topk_prompt_logprobs
