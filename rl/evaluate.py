@@ -24,6 +24,7 @@ from typing import Any
 
 import chz
 
+from posttrain.backend.choices import check_choices
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, SEED, TEMPERATURE, WHOLE
@@ -84,6 +85,10 @@ class Config:
     num_transcripts: int = chz.field(default=50, validator=WHOLE, doc="problems shown on a page of transcripts")
     log_path: str = log_path_field("runs/eval", doc="the folder of samples and results")
     backend: BackendConfig = chz.field(default_factory=BackendConfig, doc="how this machine samples")
+
+    @chz.validate
+    def _check_choices(self) -> None:
+        check_choices(self)
 
     @property
     def sampling_temperature(self) -> float:

@@ -11,14 +11,17 @@ import chz
 import pytest
 
 from posttrain.backend import Datum, LoraConfig, ModelInput, SamplingParams, ServiceClient
-from posttrain.backend.choices import _allowed, _needs, check_choices
+from posttrain.backend.choices import _allowed, _as_text, _needs, check_choices
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, CookbookError, DataError
 from posttrain.backend.ranges import RangeError
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message, TrainOnWhat
+from posttrain.tracking.export import Config as Export
 from posttrain.tracking.run_config import RunConfig
 from preference.comparisons import ChosenRejectedBuilder
+from rl.distill import Distillation
+from rl.evaluate import Config as Evaluation
 from rl.kl import KLPenalty
 from rl.train import Config as RLConfig
 from rl.types import RLDatasetBuilder
@@ -53,6 +56,7 @@ def test_every_option_of_every_configuration_takes_its_default_and_no_other_name
         (lambda: _sft(lr_schedule="lineer"), "lr_schedule='lineer' must be one of linear, cosine, constant"),
         (lambda: _sft(tensorboard="false"), "tensorboard='false' must be True or False"),
         (lambda: _sft(wandb_project=7), "wandb_project=7 must be a text or None"),
+        (lambda: Export(model="a", out="b", merge="false"), "merge='false' must be True or False"),  # type: ignore[arg-type]
         (lambda: _rl(loss_reduction="mean"), "loss_reduction='mean' must be one of sum, sequence_mean"),
         (lambda: _rl(kl=KLPenalty(where="loss")), r"kl\.where='loss' must be one of advantage, reward"),  # type: ignore[arg-type]
     ],
@@ -97,6 +101,18 @@ def test_a_builder_of_a_user_may_have_what_chz_takes():
     assert _OfAUser() and chz.replace(made, seed=1).parts == ["a", "b"]
     with pytest.raises(ConfigError, match="colour='red' must be one of"):
         _OfAUser(colour="red")  # type: ignore[arg-type]
+
+
+# Trap: a teacher's Path ended in "no attribute 'split'", and an evaluation of one after its last problem: not JSON.
+def test_a_path_is_the_text_that_its_option_is():
+    path: Any = Path("runs/teacher")
+    config = _rl(model_name=path, distill=Distillation(teacher=path, teachers={"sums": path}))
+    assert (config.model_name, config.distill.paths()) == (
+        "runs/teacher",
+        {"": ["runs/teacher"], "sums": ["runs/teacher"]},
+    )
+    assert Evaluation(models=[path, "b"]).models == ["runs/teacher", "b"]
+    assert _as_text(Path | str, path) is _as_text(Any, path) is path and _as_text(list, [path]) == [path]
 
 
 def test_the_clients_name_what_they_cannot_take(torch_service: ServiceClient):

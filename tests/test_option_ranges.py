@@ -16,8 +16,10 @@ import pytest
 
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.ranges import COUNT, SEED, SHARE, TEMPERATURE, Range, RangeError
+from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import AdamParams, LoraConfig, SamplingParams
 from posttrain.tracking.command_line import parse
+from recipes.star_graph.train import Config as StarGraphConfig
 from rl.names import ENVS
 from rl.train_cli import CLIConfig as RLConfig
 from supervised.names import DATASETS
@@ -155,6 +157,22 @@ def test_a_command_line_names_the_whole_path(config: type, arguments: list[str],
         with pytest.raises(ConfigError, match=rf"^{option}=\S+(:| must be) ") as error:
             parse(config, [*arguments, f"{option}={value}"], names)
         assert "\n" not in str(error.value)
+
+
+# Trap: a run of seed=np.arange(3)[1] trained until its first checkpoint, which JSON refused, and was lost.
+def test_numbers_of_numpy_become_pythons():
+    three: Any = np.int64(3)
+    config = RLConfig(seed=three, lora_rank=three, learning_rate=np.float32(0.5), max_steps=None)  # type: ignore[arg-type]
+    adapter = LoraConfig(rank=three, seed=three, alpha=np.float64(16))
+    numbers = config.seed, config.lora_rank, config.learning_rate, adapter.rank, adapter.seed, adapter.alpha
+    assert numbers == (3, 3, 0.5, 3, 3, 16) and [type(n) for n in numbers] == [int, int, float, int, int, float]
+    seeds = StarGraphConfig(seeds=[three, three]).seeds
+    assert seeds == [3, 3] and all(type(seed) is int for seed in seeds)
+
+
+def test_the_seed_of_a_model_may_be_numpys(torch_service: ServiceClient):
+    client = torch_service.create_training_client("micro", seed=np.int64(3))  # type: ignore[arg-type]
+    assert client.save_state("saved").result().path
 
 
 def test_help_shows_the_range(capsys: pytest.CaptureFixture[str]):

@@ -15,10 +15,14 @@ from posttrain.backend.errors import ConfigError
 
 
 def check_choices(config: Any) -> None:
-    """ConfigError for such an option of a chz object, or of one in it, that has another value."""
-    for path, kind, value in _options(config):
+    """ConfigError for such an option of a chz object, or of one in it, that has another value. A path becomes the
+    text that its option is, in place: a Path has no `split`, and is not written as JSON."""
+    for path, kind, value, (owner, field) in _options(config):
         if needs := _needs(kind, value):
             raise ConfigError(f"{path}={value!r:.80} must be {needs}")
+        if (text := _as_text(kind, value)) is not value:
+            vars(owner)[field.x_name] = text
+            vars(owner).pop(field.logical_name, None)  # chz keeps what was read once
 
 
 def option_type(field: Field) -> Any:
@@ -29,13 +33,13 @@ def option_type(field: Field) -> Any:
         return Any
 
 
-def _options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Path, type and value of each option that has another value than its default."""
+def _options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, tuple[Any, Field]]]:
+    """Path, type and value of each option that has another value than its default; where it is kept."""
     for name, field in chz.chz_fields(config).items():
         value, path = getattr(config, name), prefix + name
         given = getattr(config, field.x_name)  # before its munger, which may make another type of it
         if given is not field._default:
-            yield path, option_type(field), given
+            yield path, option_type(field), given, (config, field)
         within = {f"{path}.{i}.": item for i, item in enumerate(value)} if isinstance(value, list | tuple) else {}
         for inner, item in (within or {f"{path}.": value}).items():
             if chz.is_chz(item) and not isinstance(item, type):
@@ -48,11 +52,27 @@ def _needs(kind: Any, value: Any) -> str | None:
         values = value if isinstance(value, list | tuple) else [object()]
         needs = next((needs for item in values if (needs := _needs(get_args(kind)[0], item))), None)
         return needs and f"a list, each {needs}"
-    parts = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    allowed = [_allowed(part, value) for part in parts]
+    allowed = [_allowed(part, value) for part in _parts(kind)]
     if any(each is None or each[1] for each in allowed):
         return None
     return " or ".join(each[0] for each in allowed if each)
+
+
+def _as_text(kind: Any, value: Any) -> Any:
+    """Of a path where the type is text; lists and dictionaries entry by entry; other values as they are."""
+    kinds = get_args(kind)
+    if isinstance(value, os.PathLike) and str in (parts := _parts(kind)):
+        return value if isinstance(value, tuple(t for t in parts if isinstance(t, type))) else os.fspath(value)
+    if isinstance(value, list | tuple) and any(isinstance(item, os.PathLike) for item in value):
+        return type(value)(_as_text(kinds[0], item) for item in value) if kinds else value
+    if isinstance(value, dict) and any(isinstance(item, os.PathLike) for item in value.values()):
+        kind = next((part for part in _parts(kind) if get_origin(part) is dict), dict)
+        return {key: _as_text(get_args(kind)[1], item) for key, item in value.items()} if get_args(kind) else value
+    return value
+
+
+def _parts(kind: Any) -> tuple[Any, ...]:
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
 
 
 def _allowed(kind: Any, value: Any) -> tuple[str, bool] | None:

@@ -25,7 +25,8 @@ class RangeError(ConfigError):
 @dataclass(frozen=True)
 class Range:
     """Numbers from `low` (excluded with `above`) to `high` (excluded with `below`), and `also`.
-    Lists and tuples are checked per number; None passes."""
+    Lists and tuples are checked per number; None passes. Numbers of numpy become Python's, in place: a seed that JSON
+    does not take would fail when a checkpoint is written."""
 
     low: float
     high: float
@@ -40,6 +41,8 @@ class Range:
             if number is not None and (needs := self.needs(number)):
                 # chz's name of a field before its munger
                 raise RangeError(name.removeprefix("X_"), value, needs)
+        if (plain := _plain(value)) is not value and name in vars(instance):
+            object.__setattr__(instance, name, plain)
 
     def needs(self, number: object) -> str | None:
         """The condition that `number` fails; None if it is in range."""
@@ -72,6 +75,14 @@ class Range:
         if self.low <= -LARGEST:
             low = "finite"
         return low if self.also is None else f"{self.also:g}, {low}"
+
+
+def _plain(value: Any) -> Any:
+    if value is None or type(value) in (int, float):
+        return value
+    if isinstance(value, list | tuple):
+        return value if all(_plain(item) is item for item in value) else type(value)(map(_plain, value))
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
 def check_ranges(instance: Any, **ranges: Range) -> None:

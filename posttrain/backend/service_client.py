@@ -116,6 +116,7 @@ class ServiceClient:
     ) -> Trainer | TrainerGroup:
         """In this process, or in the training processes, which all training clients share."""
         _check_model(base_model, seed)
+        seed = int(seed)  # numpy's is not written to a checkpoint
         if lora is not None and not isinstance(lora, LoraConfig):
             raise ConfigError(f"lora={lora!r:.80} is no LoraConfig: write LoraConfig(rank=8), or None for all weights")
         if self.config.trainer_processes == 1:

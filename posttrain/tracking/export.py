@@ -25,6 +25,7 @@ from posttrain.backend.checkpoint_files import (
     is_adapter,
     read_json,
 )
+from posttrain.backend.choices import check_choices
 from posttrain.backend.errors import ConfigError, CookbookError
 from posttrain.backend.hub import hub_reason
 from posttrain.backend.models import end_token_ids, model_config
@@ -60,6 +61,10 @@ class Config:
     )
     push_to: str | None = chz.field(default=None, doc="OWNER/NAME of a new repository of the Hugging Face hub")
     private: bool = chz.field(default=True, doc="the repository is private")
+
+    @chz.validate
+    def _check_choices(self) -> None:
+        check_choices(self)
 
 
 def main(config: Config) -> Path:
