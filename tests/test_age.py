@@ -18,7 +18,9 @@ SSH = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIK8ebuOYJueUZZED1rcfdTT8zyV/EOVqTOZbf
 
 
 @pytest.mark.parametrize(
-    "written", ["age1", "", 5, "ssh-ed25519 AAAA", RECIPIENTS[0][:-1], RECIPIENTS[0] + "q", "\u0131" * 62]
+    "written",
+    ["age1", "", 5, "ssh-ed25519 AAAA", RECIPIENTS[0][:-1], RECIPIENTS[0] + "q", "\u0131" * 62],
+    ids=["short", "empty", "number", "short of ssh", "cut off", "longer", "no letters"],  # keys differ in each process
 )
 def test_what_is_no_key_is_refused(written: object) -> None:
     with pytest.raises(BodyError, match="age-keygen"):
