@@ -17,7 +17,10 @@ from posttrain.backend.errors import ConfigError
 def check_choices(config: Any) -> None:
     """ConfigError for such an option of a chz object, or of one in it, that has another value. A path becomes the
     text that its option is, in place: a Path has no `split`, and is not written as JSON."""
-    for path, kind, value, (owner, field) in _options(config):
+    for path, owner, field in _options(config):
+        kind, value = option_type(field), getattr(owner, field.x_name)
+        if value is field._default:  # which need not be of its type
+            continue
         if needs := _needs(kind, value):
             raise ConfigError(f"{path}={value!r:.80} must be {needs}")
         if (text := _as_text(kind, value)) is not value:
@@ -33,13 +36,12 @@ def option_type(field: Field) -> Any:
         return Any
 
 
-def _options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any, tuple[Any, Field]]]:
-    """Path, type and value of each option that has another value than its default; where it is kept."""
+def _options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any, Field]]:
+    """Each option of the object and of those in it: its path, its owner and its field, whose `x_name` holds the value
+    before a munger, which may make another type of it."""
     for name, field in chz.chz_fields(config).items():
         value, path = getattr(config, name), prefix + name
-        given = getattr(config, field.x_name)  # before its munger, which may make another type of it
-        if given is not field._default:
-            yield path, option_type(field), given, (config, field)
+        yield path, config, field
         within = {f"{path}.{i}.": item for i, item in enumerate(value)} if isinstance(value, list | tuple) else {}
         for inner, item in (within or {f"{path}.": value}).items():
             if chz.is_chz(item) and not isinstance(item, type):

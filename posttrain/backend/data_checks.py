@@ -10,6 +10,7 @@ import torch
 from torch.nn.utils import get_total_norm
 
 from posttrain.backend.errors import ConfigError, ContextLengthError, DataError, NonFiniteError
+from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.losses import LOSSES, Loss, LossFn
 from posttrain.backend.ranks import local
 from posttrain.backend.types import Datum, ModelInput
@@ -47,7 +48,17 @@ def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
     return loss
 
 
-def check_thresholds(loss: Loss, loss_fn_config: dict | None, data_D: Sequence[Datum], first: int = 0) -> None:
+def check_term(term: LossTerm, vocabulary: int, max_length: int, first: int) -> Loss:
+    """The loss of a term. ConfigError, or DataError for data, numbered from `first`, that it cannot be taken of."""
+    loss = resolve_loss(term.loss_fn, term.loss_fn_config)
+    check_data(term.data_D, loss.required, vocabulary, max_length, first)
+    check_thresholds(loss, term.loss_fn_config, term.data_D, first)
+    if loss.of_sequences:
+        check_sequences(term.data_D, first)
+    return loss
+
+
+def check_thresholds(loss: Loss, loss_fn_config: dict | None, data_D: Sequence[Datum], first: int) -> None:
     """ConfigError, or DataError for a Datum, where a ratio's lower bound is above its upper: torch would take
     the upper for every ratio."""
     options = inspect.signature(loss.fn).parameters

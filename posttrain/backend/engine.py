@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol, TypeVar
 
-from posttrain.backend.errors import CookbookError, EngineError, StaleSamplerError
+from posttrain.backend.errors import EngineError
 from posttrain.backend.futures import APIFuture, is_blocked, woken_together, work_for
 from posttrain.backend.openmp import release_workers
 from posttrain.backend.prompt_scores import PromptScores, ScoredPrompt
 from posttrain.backend.types import SampledSequence, SampleResponse, SamplingParams
-from posttrain.backend.weight_versions import Policy, Weights, WeightVersion
+from posttrain.backend.weight_versions import Policy, Weights, WeightVersion, refusal, stale
 
 T = TypeVar("T")
 
@@ -314,7 +314,7 @@ class EngineThread:
         while self._is_wanted():
             for item in self._drain():
                 self._accept(item)
-            if not (self._deterministic and self._unsettled):
+            if not self._unsettled:
                 break
             self._settle()
         if wanted := self._is_wanted():
@@ -478,25 +478,3 @@ def _response(call: _Call) -> SampleResponse:
         first.scored.target_logprobs,
         first.scored.alt_tokens,
     )
-
-
-def stale(version: WeightVersion, newest: WeightVersion) -> StaleSamplerError:
-    return StaleSamplerError(
-        f"this sampling client is of policy version {version.number} only (keep=False), and the policy is at version "
-        f"{newest.number}: take a new client from save_weights_and_get_sampling_client, or one that keeps its weights "
-        "(keep=True) or follows the live policy (follow=True)"
-    )
-
-
-def refusal(
-    policy: Policy, version: WeightVersion | None, keep: bool, loaded: WeightVersion | None
-) -> CookbookError | None:
-    """Why a call of this version (None = the newest) cannot be answered, or not any more."""
-    newest = policy.newest
-    if version and newest and version is not newest and not keep:
-        return stale(version, newest)
-    if (needed := version or newest) is None:
-        return EngineError("the engine has no weights yet")
-    if needed is not loaded and not needed.can_be_loaded:
-        return needed.lost or EngineError(f"the weights of version {needed.number} are gone")
-    return None

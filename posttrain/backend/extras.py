@@ -18,7 +18,11 @@ EXTRAS = {
 def need(package: str, option: str) -> None:
     """ConfigError, with the command that installs it, where `option` needs a package that is missing."""
     if not is_installed(package):
-        raise ConfigError(f"{option} needs {package}, which is not installed: {how_to_install(package)}")
+        raise missing(package, option)
+
+
+def missing(package: str, option: str) -> ConfigError:
+    return ConfigError(f"{option} needs {package}, which is not installed: {how_to_install(package)}")
 
 
 def is_installed(package: str) -> bool:

@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from posttrain.backend.cluster import ProcessLost
-from posttrain.backend.engine import SequenceRequest, refusal
+from posttrain.backend.engine import SequenceRequest
 from posttrain.backend.errors import EngineError
 from posttrain.backend.futures import SAY_AFTER_SECONDS, APIFuture, wait_saying
 from posttrain.backend.routing import Router, SamplingGroup
 from posttrain.backend.spans import Span, Spans
 from posttrain.backend.types import SampleResponse
 from posttrain.backend.weight_files import FileWeights, write_shard
-from posttrain.backend.weight_versions import Policy, Weights, WeightVersion
+from posttrain.backend.weight_versions import Policy, Weights, WeightVersion, refusal
 
 T = TypeVar("T")
 WATCH_SECONDS = 5.0  # between questions for progress

@@ -25,14 +25,7 @@ from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.batching import WIDTH_BUCKET, MicroBatch, Positions, micro_batches
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
 from posttrain.backend.custom_loss import CustomLoss, check_loss
-from posttrain.backend.data_checks import (
-    check_data,
-    check_finite,
-    check_kinds,
-    check_sequences,
-    check_thresholds,
-    resolve_loss,
-)
+from posttrain.backend.data_checks import check_data, check_finite, check_kinds, check_term, resolve_loss
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ConfigError, DataError, NonFiniteError
 from posttrain.backend.logprobs import target_logprobs
@@ -202,11 +195,7 @@ class Trainer:
         running: list[RunningTerm] = []
         data_D: list[Datum] = []
         for term in terms:
-            loss = resolve_loss(term.loss_fn, term.loss_fn_config)
-            check_data(term.data_D, loss.required, self.vocabulary, self.max_length, first=len(data_D))
-            check_thresholds(loss, term.loss_fn_config, term.data_D, first=len(data_D))
-            if loss.of_sequences:
-                check_sequences(term.data_D, first=len(data_D))
+            loss = check_term(term, self.vocabulary, self.max_length, first=len(data_D))
             running.append(RunningTerm(term, loss, first=len(data_D)))
             data_D += term.data_D
         _check_one_width(data_D)

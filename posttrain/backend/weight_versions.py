@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 
-from posttrain.backend.errors import CookbookError, SnapshotMemoryError
+from posttrain.backend.errors import CookbookError, EngineError, SnapshotMemoryError, StaleSamplerError
 from posttrain.backend.memory import GIB
 
 Weights = Iterable[tuple[str, torch.Tensor]]
@@ -193,3 +193,25 @@ class Policy:
                 self.before_change(source)
             finally:
                 version._lock.release()
+
+
+def stale(version: WeightVersion, newest: WeightVersion) -> StaleSamplerError:
+    return StaleSamplerError(
+        f"this sampling client is of policy version {version.number} only (keep=False), and the policy is at version "
+        f"{newest.number}: take a new client from save_weights_and_get_sampling_client, or one that keeps its weights "
+        "(keep=True) or follows the live policy (follow=True)"
+    )
+
+
+def refusal(
+    policy: Policy, version: WeightVersion | None, keep: bool, loaded: WeightVersion | None
+) -> CookbookError | None:
+    """Why a call of this version (None = the newest) cannot be answered, or not any more."""
+    newest = policy.newest
+    if version and newest and version is not newest and not keep:
+        return stale(version, newest)
+    if (needed := version or newest) is None:
+        return EngineError("the engine has no weights yet")
+    if needed is not loaded and not needed.can_be_loaded:
+        return needed.lost or EngineError(f"the weights of version {needed.number} are gone")
+    return None

@@ -5,15 +5,10 @@ type, of bounded size. An ASGI middleware.
 import asyncio
 import hmac
 import ipaddress
-from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from starlette.responses import JSONResponse
-
-Message = MutableMapping[str, Any]
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
+from starlette.types import Message, Receive, Scope, Send
 
 MOST_BODY_BYTES = 64 * 2**20
 MEDIA_TYPES = ("application/json", "application/x-protobuf", "application/octet-stream")

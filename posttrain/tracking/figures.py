@@ -13,8 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from posttrain.backend.errors import ConfigError
-from posttrain.backend.extras import how_to_install
+from posttrain.backend.extras import missing
 from posttrain.tracking.jsonl import write_atomically
 
 COLORS = ("#2f6db5", "#d9772b", "#3a9a5b", "#c0447a", "#7a5cc2", "#8a6d4b", "#4aa8b8", "#6b7280")
@@ -183,7 +182,7 @@ def panel_axes(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ConfigError(f"a plot needs matplotlib, which is not installed: {how_to_install('matplotlib')}") from None
+        raise missing("matplotlib", "a plot") from None
     columns = columns or (2 if panels == 4 else min(COLUMNS, panels))
     rows = math.ceil(panels / columns)
     head = 0.4 if title else 0.3 * legend_rows + 0.1

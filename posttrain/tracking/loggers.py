@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from posttrain.backend.errors import ConfigError
-from posttrain.backend.extras import how_to_install
+from posttrain.backend.extras import missing
 from posttrain.tracking.run_folder import RunFolder
 from posttrain.tracking.settings import config_to_json
 
@@ -87,4 +87,4 @@ def _import(module: str, option: str, extra: str) -> Any:
     try:
         return import_module(module)
     except ImportError:
-        raise ConfigError(f"{option} needs {extra}, which is not installed: {how_to_install(extra)}") from None
+        raise missing(extra, option) from None
