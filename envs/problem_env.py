@@ -12,7 +12,7 @@ from typing import Literal
 
 import chz
 
-from envs.problem import Grade, Problem, ProblemSet
+from envs.problem import Grade, Problem, ProblemSet, check_apart
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import COUNT, SEED, WHOLE
 from posttrain.backend.types import Datum, ModelInput
@@ -187,11 +187,11 @@ class ProblemSetBuilder(ProblemSet, RLDatasetBuilder):
         return dataset, held_out(self.groups(test, renderer, 1, "test", prefix), self.batch_size)
 
     async def test_set(self, renderer: Renderer) -> RLDataset | None:
-        """Reads no training problems but those of `few_shot`."""
+        """Reads no training problems but those of `few_shot`. DataError where one of them is a test problem."""
         examples = self.problems_of("train", self.few_shot) if self.few_shot else []
-        test, shown = (
-            apply_template(self.prompt_template, p) for p in (self.problems_of("test", self.num_test), examples)
-        )
+        problems = self.problems_of("test", self.num_test)
+        check_apart(examples, problems, "few_shot")
+        test, shown = (apply_template(self.prompt_template, part) for part in (problems, examples))
         return held_out(self.groups(test, renderer, 1, "test", self._prefix(shown)), self.batch_size)
 
     def _prefix(self, examples: Sequence[Problem]) -> list[Message]:

@@ -146,6 +146,10 @@ def test_few_shot_and_boxed_answers(gsm8k):
         asyncio.run(Gsm8kBuilder(data_dir=gsm8k, few_shot=5)(RENDERER))
     only_test = asyncio.run(builder.test_set(RENDERER))
     assert only_test is not None and str(only_test.get_batch(0)) == str(test.get_batch(0))
+    # Trap: an evaluation whose prompts show the answers of its own questions
+    alike = Gsm8kBuilder(train_path=f"{gsm8k}/test.jsonl", test_path=f"{gsm8k}/test.jsonl", few_shot=1)
+    with pytest.raises(DataError, match="1 few_shot problems are in the test set too"):
+        asyncio.run(alike.test_set(RENDERER))
 
 
 # --- several data sets ----------------------------------------------------------------------------
