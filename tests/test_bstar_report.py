@@ -163,17 +163,29 @@ def test_seeds_are_averaged_and_what_is_not_everywhere_is_named(tmp_path, capsys
     wanted = f"{np.mean(found):.3f} ({found[0]:.3f}, {found[1]:.3f})"
     assert [row[:2] for row in cells(page) if row[0] == "bstar"][0] == ["bstar", wanted]
     printed = capsys.readouterr().out
-    assert "online_rft: not in every folder" in printed and "rounds 2 to 2: not finished everywhere" in printed
+    assert "online_rft: not in every folder" in printed and "rounds 2 to 2: not evaluated everywhere" in printed
 
 
-def test_gains_are_those_of_the_two_halves():
-    runs = {
-        "m": [
-            [Summary(n, metrics={"test/pass@1": p}) for n, p in enumerate(values)]
-            for values in ((0.1, 0.4, 0.5), (0.3, 0.4, 0.7))
-        ]
-    }
-    assert compare_page.gains(runs)["m"] == pytest.approx((0.2, 0.2))
+# Trap: with eval_every above 1 the middle round has no test metrics, and its NaN stood in the table of gains.
+@pytest.mark.parametrize("every", [1, 2])
+def test_gains_are_those_of_the_two_halves(every: int):
+    def rounds(*accuracies: float) -> list[Summary]:
+        metrics = {every * n: {"test/pass@1": accuracy} for n, accuracy in enumerate(accuracies)}
+        return [Summary(n, metrics=metrics.get(n, {})) for n in range(every * len(accuracies) - every + 1)]
+
+    gains = compare_page.gains({"m": [rounds(0.1, 0.4, 0.5), rounds(0.3, 0.4, 0.7)]})
+    assert gains["m"] == pytest.approx((0.2, 0.2))
+
+
+def test_a_run_in_the_midst_of_rounds_is_compared_at_its_last_evaluation(tmp_path):
+    run = write_run(tmp_path / "run", rounds=3, methods=("bstar",))
+    file = run / "bstar/round_03/summary.json"
+    kept = json.loads(file.read_text())
+    kept["metrics"] = {key: found for key, found in kept["metrics"].items() if not key.startswith("test/")}
+    file.write_text(json.dumps(kept))
+    page = compare_page.compare([run], tmp_path / "out").read_text()
+    last = read_summaries(run / "bstar")[2].metrics["test/pass@1"]
+    assert ["bstar", f"{last:.3f}"] in [row[:2] for row in cells(page)] and "nan" not in page
 
 
 @pytest.mark.slow

@@ -17,7 +17,7 @@ from posttrain.tracking.command_line import run_on_folders
 from posttrain.tracking.figures import save_figure
 from posttrain.tracking.jsonl import write_atomically
 from posttrain.tracking.pages import figure_html, html_page, table
-from recipes.bstar.pictures import as_svg, draw_comparison, test_keys, value
+from recipes.bstar.pictures import as_svg, draw_comparison, evaluated, test_keys, value
 from recipes.bstar.records import Summary
 from recipes.bstar.report import STYLE, read_methods
 
@@ -25,16 +25,17 @@ Runs = dict[str, list[list[Summary]]]  # method -> seed -> rounds
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[Runs, list[str]]:
-    """Methods and rounds that all folders have, and notes on the rest. DataError if none."""
+    """Methods and rounds that all folders have, up to the last one that was evaluated, and notes on the rest.
+    DataError if none."""
     runs = [read_methods(run) for run in folders]
     shared = [name for name in runs[0] if all(name in methods for methods in runs)]
     rest = sorted({name for methods in runs for name in methods} - set(shared))
     if not shared:
         raise DataError(f"no method is in all of {', '.join(map(str, folders))}")
     lengths = [len(methods[name]) for methods in runs for name in shared]
-    rounds, longest = min(lengths), max(lengths)
+    rounds, longest = evaluated(runs[0][shared[0]][: min(lengths)])[-1] + 1, max(lengths)
     notes = [f"{name}: not in every folder" for name in rest]
-    notes += [f"rounds {rounds} to {longest - 1}: not finished everywhere"] if longest > rounds else []
+    notes += [f"rounds {rounds} to {longest - 1}: not evaluated everywhere"] if longest > rounds else []
     return {name: [methods[name][:rounds] for methods in runs] for name in shared}, notes
 
 
@@ -57,14 +58,19 @@ def _cell(summaries: Sequence[Summary], key: str) -> str:
 
 
 def gains(runs: Mapping[str, Sequence[Sequence[Summary]]]) -> dict[str, tuple[float, float]]:
-    """Method -> mean gain in P@1 in the first half of the rounds, and in the second."""
+    """Method -> mean gain in P@1 up to the middle one of the evaluated rounds, and after it."""
     gained = {}
     for method, seeds in runs.items():
         first_S, half_S, last_S = (
-            np.array([value(run[place], "test/pass@1") for run in seeds]) for place in (0, (len(seeds[0]) - 1) // 2, -1)
+            np.array([value(run[place], "test/pass@1") for run in seeds]) for place in (0, middle(seeds[0]), -1)
         )
         gained[method] = (float((half_S - first_S).mean()), float((last_S - half_S).mean()))
     return gained
+
+
+def middle(rounds: Sequence[Summary]) -> int:
+    found = evaluated(rounds)
+    return found[(len(found) - 1) // 2]
 
 
 def compare(folders: Sequence[Path], out: Path) -> Path:
@@ -72,13 +78,14 @@ def compare(folders: Sequence[Path], out: Path) -> Path:
     runs, notes = read_runs(folders)
     columns, rows = final_table(runs)
     late = [[escape(method), f"{first:+.3f}", f"{second:+.3f}"] for method, (first, second) in gains(runs).items()]
-    figure, rounds = draw_comparison(runs), len(next(iter(runs.values()))[0])
+    figure, rounds = draw_comparison(runs), next(iter(runs.values()))[0]
+    half, last = middle(rounds), len(rounds) - 1
     svg = as_svg(figure)
     save_figure(figure, out.with_suffix(".png"))
     caption = f"Thick: mean of {len(folders)} seeds; thin: each." if len(folders) > 1 else ""
     body = (
         f"<section>{figure_html(svg, caption)}{table(columns, rows)}<h3>Gain in P@1</h3>"
-        + table(["method", f"rounds 1 to {(rounds - 1) // 2}", f"rounds {(rounds - 1) // 2 + 1} to {rounds - 1}"], late)
+        + table(["method", f"rounds 1 to {half}", f"rounds {half + 1} to {last}"], late)
         + "".join(f'<p class="soft">Left out: {escape(note)}</p>' for note in notes)
         + "</section>"
     )

@@ -40,6 +40,11 @@ def value(summary: Summary, key: str) -> float:
     return record(summary).get(key, float("nan"))
 
 
+def evaluated(summaries: Sequence[Summary]) -> list[int]:
+    """The rounds after which the test set was sampled: `eval_every` leaves out others."""
+    return [summary.round for summary in summaries if "test/pass@1" in summary.metrics]
+
+
 def samples_of(summaries: Sequence[Summary]) -> int:
     """K of the test set's pass@K."""
     matches = [re.fullmatch(r"test/pass@(\d+)", key) for key in summaries[0].metrics]
