@@ -1,5 +1,5 @@
-"""Every file that is read is met truncated, empty, full of garbage, of another kind, unreadable:
-one line says which file, and what to do.
+"""Every file of a run is met truncated, empty, full of garbage, of another kind, unreadable: one
+line says which file, and what to do. Files of data are in test_damaged_data.py.
 """
 
 # Trap: a damaged file that ends in a traceback, or is passed over.
@@ -15,20 +15,14 @@ import chz
 import pytest
 
 from posttrain.backend.errors import ConfigError, CookbookError, DataError
-from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.renderers import get_renderer
 from posttrain.tracking.jsonl import append_jsonl, parse_json, write_atomically
 from posttrain.tracking.metrics_log import MetricsLog, read_metrics
 from posttrain.tracking.one_line_errors import one_line_errors
 from posttrain.tracking.run_folder import RunFolder, open_run_folder
 from posttrain.tracking.stages import Stage
 from posttrain.tracking.transcript_index import IndexEntry, update_index
-from preference.comparisons import LabeledBuilder
-from preference.prm_labels import read_records
 from preference.reference import read_reference
 from recipes.bstar.records import read_candidates, read_choice, read_selection, read_summaries
-from recipes.latro.tasks import JsonlBuilder
-from supervised.data import ConversationFileBuilder, PromptCompletionFileBuilder
 
 
 @chz.chz
@@ -38,8 +32,6 @@ class RunConfig:
 
 
 PNG = b"\x89PNG\r\n\x1a\n\x00\x00\x00\rIHDR\x00\x00\x01\x00\n"
-HELLO = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello there"}]
-SIDES = {"prompt": "hi", "completion_A": "hello", "completion_B": "go away", "label": "A"}
 CANDIDATE = {
     "query": "q",
     "sample": 0,
@@ -73,10 +65,6 @@ def resumed(path: Path) -> RunFolder:
     return open_run_folder(path.parent, "resume", RunConfig())
 
 
-def rendered(builder: type) -> Callable[[Path], Any]:
-    return lambda path: builder(path=str(path), batch_size=1)(get_renderer("plain", load_tokenizer("tiny")))
-
-
 def finished_stage(path: Path) -> bool:
     (path.parent / "data").touch()
     return Stage("data", path.parent / "data", {"seed": 0}, print).is_finished()
@@ -104,19 +92,6 @@ READS = [
     ),
     Read("index.jsonl", lines(asdict(ENTRY)), lambda path: update_index(path.parent, ENTRY), TORN),
     Read("data.made_with.json", json.dumps({"data": {"seed": 0}}, indent=2) + "\n", finished_stage),
-    Read("messages.jsonl", lines({"messages": HELLO}, {"messages": HELLO}), rendered(ConversationFileBuilder)),
-    Read(
-        "completions.jsonl",
-        lines({"prompt": "hi", "completion": "hello"}, {"prompt": "ho", "completion": "hi"}),
-        rendered(PromptCompletionFileBuilder),
-    ),
-    Read("labeled.jsonl", lines(SIDES, SIDES | {"prompt": "ho"}), lambda path: LabeledBuilder(path=str(path))()),
-    Read("labels.jsonl", lines(*2 * [{"input": "1+1", "output": ["2"], "label": [1]}]), read_records),
-    Read(
-        "latro.jsonl",
-        lines({"queries": "1+1", "responses": "is 2", "groundtruth": "2"}),
-        lambda path: JsonlBuilder(train_path=str(path)).tasks("train", None),
-    ),
     Read("samples.jsonl", lines(CANDIDATE, CANDIDATE), read_candidates, TORN),
     Read(
         "selection.jsonl",
