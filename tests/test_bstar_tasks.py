@@ -182,13 +182,10 @@ def test_human_solutions_longer_than_the_models_are_left_out_and_counted(tmp_pat
     assert "train: 1 of 1 human solutions are longer than max_tokens=20" in capsys.readouterr().out
 
 
-def test_bad_rows_are_named(tmp_path):
+def test_a_bad_row_is_named(tmp_path):
     write(tmp_path, [ARC[0] | {"answerKey": "D"}, ARC[1]])
     with pytest.raises(DataError, match=r"train.jsonl:1: answerKey 'D' is not one of the options 1, 2, 3"):
         build(ArcBuilder(data_dir=str(tmp_path), num_dev=1))
-    write(tmp_path, [{"question": "How many?", "answer": "Twelve."}, GSM8K[1]])
-    with pytest.raises(DataError, match=r"train.jsonl:1: no hash answer"):
-        build(Gsm8kBuilder(data_dir=str(tmp_path), num_dev=1))
 
 
 def test_math_solutions_of_people_are_cut_at_sentences_and_not_inside_numbers():

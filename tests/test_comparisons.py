@@ -133,7 +133,6 @@ SCORED = {"prompt": "p", "completion": "x"}
         (LabeledBuilder, {**GOOD_ROW, "completion_A": 7}, "'completion_A' is a int"),
         (LabeledBuilder, {**GOOD_ROW, "completion_A": [{"role": "robot", "content": "x"}]}, "role 'robot'"),
         (LabeledBuilder, {**GOOD_ROW, "completion_A": [USER]}, "does not begin with an assistant"),
-        (LabeledBuilder, "{not json", "not JSON"),
         (ChosenRejectedBuilder, {"chosen": "x", "rejected": "y"}, "no field 'prompt'"),
         (
             ChosenRejectedBuilder,

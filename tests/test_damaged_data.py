@@ -164,10 +164,7 @@ BROKEN_HEADER = (
 )
 
 
-@pytest.mark.parametrize(
-    "content",
-    [b"", b"\n\n", b"\x00\xff" * 50, LINE + b"\n7,7", LINE[:-3], "ä".encode(), LINE.replace(b",", b";"), BROKEN_HEADER],
-)
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"\x00\xff" * 50, LINE[:-3], "ä".encode(), BROKEN_HEADER])
 @pytest.mark.parametrize("suffix", [".txt", ".npy"])
 def test_damaged_star_graphs_are_named(tmp_path: Path, content: bytes, suffix: str):
     path = tmp_path / f"graph_2_3_sample_1{suffix}"

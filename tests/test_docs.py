@@ -56,7 +56,6 @@ def test_blocks_keep_their_lines_and_only_a_reason_keeps_one_from_running():
     assert {i: line for i, line in enumerate(program(page).splitlines(), start=1) if line} == {3: "a = 1", 14: "d = 2"}
 
 
-# Trap: documentation that no longer runs.
 # Trap: a page that names a file that was moved.
 @pytest.mark.parametrize(
     "page", [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name
@@ -70,6 +69,7 @@ def test_files_that_a_page_names_exist(page: Path):
     assert [path for path in paths if not any((folder / path).exists() for folder in folders)] == []
 
 
+# Trap: documentation that no longer runs.
 def test_every_page_runs(tmp_path: Path):
     """One process, for torch takes seconds to import; a namespace and a folder for each page."""
     for page in PAGES:

@@ -254,11 +254,9 @@ def test_math_style_answers_are_compared_symbolically(tmp_path: Path):
     [
         (gsm8k_row("eighteen"), "no hash answer"),
         ({"question": "How many?", "answer": "18"}, "no hash answer"),
-        ({"question": "How many?"}, "no field 'answer'; the fields are 'question'"),
-        ("{", "not JSON"),
     ],
 )
-def test_bad_rows_name_their_line(tmp_path: Path, row: dict | str, message: str):
+def test_bad_rows_name_their_line(tmp_path: Path, row: dict, message: str):
     path = write(tmp_path / "train.jsonl", gsm8k_row(), row)
     with pytest.raises(DataError, match=f"train.jsonl:2: {message}"):
         first_env(Gsm8kBuilder(train_path=path))

@@ -453,7 +453,7 @@ def test_toy_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     rises = [record["likelihood/answer_logprob"] for record in steps if "likelihood/answer_logprob" in record]
     assert len(rises) == 12 and np.mean(rises[-3:]) > np.mean(rises[:3]) + 0.2
     assert abs(steps[0]["kl_policy_base"]) < rounded(1e-4)  # it began at the reference
-    asyncio.run(train.main(chz.replace(small, method="sft")))
+    asyncio.run(train.main(chz.replace(small, method="sft", max_updates=2)))
     assert (tmp_path / "sft" / "summary.json").exists()
     asyncio.run(train.main(chz.replace(small, method="verifier", max_updates=2)))
     verified = read_metrics(tmp_path / "verifier")[0]

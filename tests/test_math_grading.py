@@ -138,6 +138,23 @@ EQUAL = [
     ("6", "(2)(3)"),
     (r"\sin^2(x)+2x+2", r"2(x+1)+\sin^2(x)"),
     ("x(x+1)(x+2)", "(x+2)(x+1)x"),
+    # signs that models write without LaTeX
+    ("12", "12 cm²"),
+    ("12 cm^2", "12 cm²"),
+    ("x^2+1", "x²+1"),
+    ("x^{12}", "x¹²"),
+    ("2^{n}", "2ⁿ"),
+    (r"1.5\times10^{-3}", "1.5·10⁻³"),
+    ("x_1", "x₁"),
+    ("1011_2", "1011₂"),
+    (r"\frac12", "½"),
+    ("2.75", "2¾"),
+    (r"\frac{\sqrt{3}}{2}", "√3/2"),
+    (r"\sqrt{x+1}", "√(x+1)"),
+    (r"\sqrt[3]{5}", "∛5"),
+    ("6", "2·3"),
+    (r"90^\circ", "90º"),
+    ("e^{x}", "exp(x)"),
 ]
 DIFFERENT = [
     ("12", "112"),
@@ -234,6 +251,7 @@ DIFFERENT = [
 # is.
 EXPLODING = [
     "9^99999999",
+    "9⁹⁹⁹⁹⁹⁹⁹⁹",
     "9^{-99999999}",
     "9^{ 9^{ 9^9 } }",
     "10**10**10",
@@ -302,35 +320,6 @@ def test_odd_answers_are_wrong_and_no_failure(answer: str):
         assert not is_equal(gold, answer)
 
 
-@pytest.mark.parametrize(
-    ("gold", "answer"),
-    [
-        ("12", "12 cm²"),
-        ("12 cm^2", "12 cm²"),
-        ("x^2+1", "x²+1"),
-        ("x^{12}", "x¹²"),
-        ("2^{n}", "2ⁿ"),
-        (r"1.5\times10^{-3}", "1.5·10⁻³"),
-        ("x_1", "x₁"),
-        ("1011_2", "1011₂"),
-        (r"\frac12", "½"),
-        ("2.75", "2¾"),
-        (r"\frac{\sqrt{3}}{2}", "√3/2"),
-        (r"\sqrt{x+1}", "√(x+1)"),
-        (r"\sqrt[3]{5}", "∛5"),
-        ("6", "2·3"),
-        (r"90^\circ", "90º"),
-        ("e^{x}", "exp(x)"),
-    ],
-)
-def test_signs_that_models_write_without_latex(gold: str, answer: str):
-    assert is_equal(gold, answer)
-
-
-def test_a_power_in_raised_digits_explodes_too():
-    assert not is_equal("5", "9⁹⁹⁹⁹⁹⁹⁹⁹")
-
-
 def test_units_after_an_expression():
     for answer in (r"36\pi\text{ cm}^3", "36π cm³", r"36\pi", r"36\pi \text{ cubic feet}"):
         assert is_equal(r"36\pi", answer)
@@ -346,9 +335,8 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(math_grading, "PATIENCE", 1000.0)
 
 
-@pytest.mark.parametrize("answer", [r"(x+y+z)^{60}", r"\int \frac{1}{x^{99}+1} dx"])
-def test_an_answer_that_is_too_costly_by_itself_is_wrong(answer: str, patient: None):
-    assert not is_equal(r"\sqrt{2}", answer, seconds=0.5)
+def test_an_answer_that_is_too_costly_by_itself_is_wrong(patient: None):
+    assert not is_equal(r"\sqrt{2}", r"\int \frac{1}{x^{99}+1} dx", seconds=0.5)
 
 
 def test_a_busy_machine_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch):
