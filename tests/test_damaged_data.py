@@ -181,10 +181,3 @@ def test_arrays_of_another_kind_are_named(tmp_path: Path, array: np.ndarray):
     np.save(path := tmp_path / "graph_2_3_sample_1.npy", array)
     with pytest.raises(DataError, match="graph_2_3_sample_1"):
         read_rows(path, GRAPH)
-
-
-@pytest.mark.parametrize("content", [b"", b" \n\n", b"\xff\xfe", b"a\x00b"])
-def test_damaged_texts_are_named(tmp_path: Path, content: bytes):
-    (path := tmp_path / "stories.txt").write_bytes(content)
-    with pytest.raises(DataError, match=r"stories\.txt"):
-        TextData(source=str(path))._read(str(path), "train")

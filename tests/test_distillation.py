@@ -16,7 +16,7 @@ from envs.pairwise import PairwisePreferenceGroupBuilder
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.service_client import ServiceClient
-from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.backend.tokenizers import character_tokenizer, load_tokenizer
 from posttrain.backend.types import Datum, ModelInput
 from posttrain.renderers import get_renderer, with_tools
 from posttrain.renderers.turns import decode
@@ -34,6 +34,7 @@ from tests.test_group_sources import metrics, weights
 from tests.test_rl import turn
 
 TORCH = BackendConfig(engine="torch")
+TINY = load_tokenizer("tiny")
 D = [np.array([0.0, 0.5, -1.0], np.float32), np.array([0.0, 0.3], np.float32)]
 
 
@@ -162,20 +163,14 @@ def test_a_distillation_run_learns_from_the_teacher_alone_and_resumes_bit_for_bi
 
 
 def test_a_problems_context_reaches_the_teacher(tmp_path: Path) -> None:
-    dataset, _ = asyncio.run(ArithmeticBuilder(num_digits=1, num_test=5)(get_renderer("role_colon", tokenizer())))
+    dataset, _ = asyncio.run(ArithmeticBuilder(num_digits=1, num_test=5)(get_renderer("role_colon", TINY)))
     builder = dataset.get_batch(0)[0]
     problem = builder.env_thunk().problem  # type: ignore[attr-defined]
-    text = tokenizer().decode(builder.teacher_prompt("{question}{solution} or {gold}").to_ints())  # type: ignore[attr-defined]
+    text = TINY.decode(builder.teacher_prompt("{question}{solution} or {gold}").to_ints())  # type: ignore[attr-defined]
     assert (
         text
         == f"System: {problem.question}{problem.solution} or {problem.gold}\n\nUser: {problem.question}\n\nAssistant:"
     )
-
-
-def tokenizer():  # noqa: ANN201
-    from posttrain.backend.tokenizers import load_tokenizer
-
-    return load_tokenizer("tiny")
 
 
 # --- off-policy ---------------------------------------------------------------------------------
@@ -206,7 +201,7 @@ def test_top_k_training_has_the_gradient_of_the_whole_distribution(torch_service
     260 tokens cut to the 5 most likely here."""
     student, k = torch_service.create_training_client("tiny"), 5
     data = ArithmeticExamplesBuilder(num_digits=1, n_batches=1, batch_size=3, num_test=5)
-    dataset, _ = data(get_renderer("plain", tokenizer()))
+    dataset, _ = data(get_renderer("plain", TINY))
     config = distill.Config(dataset=data, teacher="micro", top_k=k, rest=rest)
     targets = distill.TeacherTargets(dataset, dataset, torch_service.create_sampling_client(base_model="micro"), config)
     batch = targets.get_batch(0)
@@ -236,7 +231,7 @@ def test_top_k_training_has_the_gradient_of_the_whole_distribution(torch_service
 
 
 def test_a_context_changes_what_the_teacher_reads_and_not_what_the_student_does(torch_service) -> None:  # noqa: ANN001
-    renderer = get_renderer("role_colon", tokenizer())
+    renderer = get_renderer("role_colon", TINY)
     data = ArithmeticExamplesBuilder(num_digits=1, n_batches=1, batch_size=3, num_test=5)
     plain, read = data(renderer)[0], data(distill.with_context(renderer, "Be brief."))[0]  # type: ignore[arg-type]
     config = distill.Config(dataset=data, teacher="micro", context="Be brief.")
@@ -268,4 +263,4 @@ def test_a_context_stays_where_a_row_has_tools() -> None:
     text = decode(renderer.tokenizer, FileBuilder(path="none.jsonl").example(row, renderer)[0])
     assert "Be brief." in text and '"name": "add"' in text and "hello" in text
     with pytest.raises(ConfigError, match="RoleColonRenderer cannot write tools"):
-        with_tools(distill.with_context(get_renderer("role_colon", tokenizer()), "Be brief."), [])
+        with_tools(distill.with_context(get_renderer("role_colon", TINY), "Be brief."), [])

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import chz
 import numpy as np
 import pytest
 
@@ -17,6 +18,7 @@ from envs.problem import Problem
 from envs.problem_env import ProblemEnv
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.losses import reinforce
+from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import Datum, ForwardBackwardOutput, ModelInput, TensorData
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message
@@ -37,10 +39,10 @@ from rl.types import EnvGroupBuilder, StepResult, TokensWithLogprobs, Trajectory
 from tests.conftest import rounded
 from tests.test_group_sources import LowTokenBuilder, LowTokenDataset, LowTokenEnv, config, metrics
 
+TINY = load_tokenizer("tiny")
+
 
 def run(folder: Path, behavior: str = "delete", **settings: Any) -> dict[str, float]:
-    import chz
-
     return asyncio.run(train.main(chz.replace(config(folder, **settings), behavior_if_log_dir_exists=behavior)))
 
 
@@ -235,18 +237,10 @@ def test_a_member_without_a_turn_counts_in_the_metrics_and_not_in_the_data(tmp_p
     assert (found["env/all/reward/total"], found["env/all/total_episodes"], found["env/all/total_turns"]) == (0.0, 2, 1)
     assert sample_metrics([group], [1, 2], "test")["test/pass@1"] == 0.5
     assert [row.origin for row in rows_of([group])] == [(0, 0)]
-    lines = (
-        write_rollouts(tmp_path, 0, [group], [np.array([1.0, -1.0])], _tokenizer()).with_suffix(".jsonl").read_text()
-    )
+    lines = write_rollouts(tmp_path, 0, [group], [np.array([1.0, -1.0])], TINY).with_suffix(".jsonl").read_text()
     assert [len(json.loads(line)["turns"]) for line in lines.splitlines()] == [1, 0]
     nobody = TrajectoryGroup([Trajectory([])], [2.0], [{}])
     assert compute_trajectory_metrics([nobody]) == {"env/all/total_episodes": 1.0}
-
-
-def _tokenizer() -> Any:
-    from posttrain.backend.tokenizers import load_tokenizer
-
-    return load_tokenizer("tiny")
 
 
 # --- names and prompts of the user's ------------------------------------------------------------
@@ -259,9 +253,8 @@ def test_a_problem_may_have_a_prompt_of_its_own() -> None:
         def build_prompt(self) -> ModelInput:
             return self.renderer.build_generation_prompt([Message(role="user", content=self.prompt + self.question())])
 
-    tokenizer = _tokenizer()
-    env = Poem(Problem("rain", ""), get_renderer("plain", tokenizer))
-    assert "a poem about rain" in tokenizer.decode(env.build_prompt().to_ints()) and env.prompt == "a poem about "
+    env = Poem(Problem("rain", ""), get_renderer("plain", TINY))
+    assert "a poem about rain" in TINY.decode(env.build_prompt().to_ints()) and env.prompt == "a poem about "
 
 
 def test_fewer_problems_than_a_batch_are_trained_on_and_said() -> None:
@@ -279,10 +272,9 @@ def test_fewer_problems_than_a_batch_are_trained_on_and_said() -> None:
 
 def test_answers_longer_than_the_context_are_said_to_be_cut_off() -> None:
     """AIME asks for 8,192 tokens, and the context is 4,096 unless backend.max_length says otherwise."""
-    tokenizer = _tokenizer()
-    context = tokenizer.model_max_length
-    assert beyond_context(context - 1, tokenizer) is None
-    assert f"max_tokens={context}, but the context is {context} tokens" in (beyond_context(context, tokenizer) or "")
+    context = TINY.model_max_length
+    assert beyond_context(context - 1, TINY) is None
+    assert f"max_tokens={context}, but the context is {context} tokens" in (beyond_context(context, TINY) or "")
 
 
 def test_equal_prompts_of_comparisons_are_counted_aloud(capsys: pytest.CaptureFixture[str]) -> None:
