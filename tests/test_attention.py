@@ -111,7 +111,7 @@ def test_packed_sequences_by_flash_attention_are_the_padded_rows(
 
 
 @pytest.mark.slow
-def test_a_trainer_packs_where_it_is_told_to(flex_on_cpu: None, tmp_path: Path) -> None:
+def test_a_trainer_packs_where_it_is_told_to(flex_on_cpu: None) -> None:
     """And what it saves and samples is the model it was: only its passes change."""
     data_D = mixed_data()
     flex = Trainer("micro", BackendConfig(engine="torch", attention="flex", gradient_checkpointing=True))
@@ -273,9 +273,7 @@ def test_a_kernel_that_fails_or_is_wrong_is_left_out_with_one_line(
         pack_rows(tiny_trainer)
 
 
-def test_a_layer_that_ignores_the_mask_is_found(
-    tiny_trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_layer_that_ignores_the_mask_is_found(tiny_trainer: Trainer, monkeypatch: pytest.MonkeyPatch) -> None:
     """As an architecture would that does not hand it to its kernel."""
     monkeypatch.setattr("posttrain.backend.model_checks.kernel_gap", lambda *_: 0.0)
     monkeypatch.setattr("posttrain.backend.trainer.tree_mask", lambda *_: None)

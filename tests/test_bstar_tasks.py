@@ -160,7 +160,7 @@ def test_without_solutions_the_rounds_begin_with_the_model_as_it_is(tmp_path, to
     assert as_it_is[0].made_with() == stages[0].made_with()
 
 
-def test_generated_programs_are_held_out(tmp_path):
+def test_generated_programs_are_held_out():
     task = build(CodeTaskBuilder(num_train=5, num_test=3, num_dev=2))
     assert len(task.train) == 5 and len(task.test) == 3
     assert task.form.strings(str(task.train[0].problem.solution))[0] == "```python"

@@ -162,7 +162,7 @@ def test_a_call_that_blocks_its_loop_is_answered_at_once(
     assert asyncio.run(main()) == [2, 2]
 
 
-def test_a_future_is_one_of_concurrent_futures(sampler: SamplingClient, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_future_is_one_of_concurrent_futures(sampler: SamplingClient) -> None:
     futures = [sampler.sample(prompt_of(5, i), 1, SamplingParams(max_tokens=3, seed=i, stop=[])) for i in range(6)]
     assert isinstance(futures[0].future(), concurrent.futures.Future)
     assert {*concurrent.futures.as_completed(futures, PATIENCE)} == {*futures}

@@ -267,7 +267,7 @@ class SyncEvaluator(EvaluatorBuilder):
         return None
 
 
-def test_an_evaluator_that_is_not_async_or_gives_no_numbers_is_named(tmp_path: Path) -> None:
+def test_an_evaluator_that_is_not_async_or_gives_no_numbers_is_named() -> None:
     config = sft.Config(dataset=OddExamples(), model_name="micro", evaluators=[SyncEvaluator()])
     with pytest.raises(ConfigError, match="evaluators.0 returned None without being an `async def`"):
         asyncio.run(config.build_evaluators(config.renderer()))

@@ -101,7 +101,7 @@ def test_a_full_context_leaves_the_conversation_as_it_was(
     assert len(json.loads(path.read_text())["messages"]) == 2 and shown.count("[cut off") == 1
 
 
-def test_names_that_are_no_model(tmp_path: Path) -> None:
+def test_names_that_are_no_model() -> None:
     with pytest.raises(ConfigError, match="there is no model folder"):
         chat.chat(chat.Config(model_name="./nothing"))
     done = commands.run("-m", "posttrain.serve.chat", "tiny", "temprature=1")

@@ -32,9 +32,7 @@ def test_compiled_passes_have_the_same_logprobs_and_gradients(monkeypatch: pytes
     _compiled.cache_clear()
 
 
-def test_a_compiler_that_fails_is_switched_off_with_one_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_compiler_that_fails_is_switched_off_with_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     plain, failing = trainer(), trainer(compile=True)
 
     def fail(*_: object, **__: object) -> object:

@@ -162,7 +162,7 @@ def test_a_distillation_run_learns_from_the_teacher_alone_and_resumes_bit_for_bi
     assert weights(tmp_path / "cut") == weights(tmp_path / "other")
 
 
-def test_a_problems_context_reaches_the_teacher(tmp_path: Path) -> None:
+def test_a_problems_context_reaches_the_teacher() -> None:
     dataset, _ = asyncio.run(ArithmeticBuilder(num_digits=1, num_test=5)(get_renderer("role_colon", TINY)))
     builder = dataset.get_batch(0)[0]
     problem = builder.env_thunk().problem  # type: ignore[attr-defined]

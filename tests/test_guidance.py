@@ -343,7 +343,7 @@ def test_paths_behind_one_prompt_are_read_as_if_each_had_its_own(policy: Reader,
     torch.testing.assert_close(shared, separate, rtol=rounded(1e-7), atol=rounded(1e-7))
 
 
-def test_pairs_are_the_truth_and_the_first_failure(policy: Reader) -> None:
+def test_pairs_are_the_truth_and_the_first_failure() -> None:
     layout, rows_B_T = numeral_layout(GRAPH), sample_graphs(GRAPH, 64, 5)
     cheat = Reader(ShortcutPolicy(GRAPH), lambda states: states)
     prefixes_B_P, paths_2B_L = collect_pairs(cheat, layout, rows_B_T, (0,), CPU, max_tries=2)

@@ -284,7 +284,7 @@ def test_estimator_is_unbiased(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 
 
 # Trap: a likelihood reward that scores a token of the rationale, or padding.
-def test_rewards_score_exactly_the_answer_whatever_the_batch(torch_service: ServiceClient, tmp_path: Path):
+def test_rewards_score_exactly_the_answer_whatever_the_batch(torch_service: ServiceClient):
     """Ragged prompts, rationales and answers: the same as one unpadded pass each, in one batch and
     in micro-batches of one row.
     """

@@ -47,7 +47,7 @@ def test_the_users_own_frames_come_first_and_all_are_in_the_run_folder(
     assert str(whole) in said and "command_line.py" in whole.read_text() and (whole.parent == folder) is opened
 
 
-def test_a_bug_of_the_project_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bug_of_the_project_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["command"])
     with pytest.raises(TypeError):
         run_command(read_metrics, Config)  # type: ignore[arg-type]

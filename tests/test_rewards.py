@@ -273,7 +273,7 @@ def test_an_instruction_needs_its_places():
 # --- as a run -------------------------------------------------------------------------------------
 
 
-def test_settings_are_equal_from_run_to_run_and_hold_the_rubric(renderer):
+def test_settings_are_equal_from_run_to_run_and_hold_the_rubric():
     made = [config_to_json(SingleTurn([ANT], [finished, rubric({"a": "x"}, vowels)])) for _ in range(2)]
     assert made[0] == made[1] and "0x" not in json.dumps(made)
     other = config_to_json(SingleTurn([Problem("bee: ", "bee")], [finished, rubric({"a": "y"}, vowels)]))

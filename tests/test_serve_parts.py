@@ -43,7 +43,7 @@ def test_a_damaged_record_of_a_checkpoint_is_named(content: str, tmp_path: Path)
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "a\\b", "a\0b", "", "x" * 4000, ".hidden", 7])
-def test_checkpoint_names_that_are_refused(name: Any, tmp_path: Path) -> None:
+def test_checkpoint_names_that_are_refused(name: Any) -> None:
     from posttrain.serve.store import check_name
 
     with pytest.raises(CheckpointError, match="checkpoint name"):

@@ -392,7 +392,7 @@ def test_a_curve_of_thousands_of_steps_is_shown_by_means() -> None:
     assert axis.get_xlabel() == "step (means of 10)"
 
 
-def test_curves_of_seeds_are_averaged_at_the_steps_they_share(tmp_path) -> None:
+def test_curves_of_seeds_are_averaged_at_the_steps_they_share() -> None:
     seeds = [[{"step": step, "test/hop": float(step + seed)} for step in (0, 4, 9 + seed)] for seed in (0, 2)]
     runs = {"a": [[{"step": 0, "hop": None}, *seeds[0]], seeds[1]], "b": [[{"step": 0, "hop": 1.0}]]}
     curves = curves_by_label(runs, "hop", "test/hop")

@@ -63,7 +63,7 @@ def trained(client: TrainingClient) -> list[float]:
 
 @pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)])
 def test_clients_over_two_processes_train_and_sample_as_over_one(
-    service: ServiceClient, alone: ServiceClient, lora: LoraConfig | None, tmp_path: Path
+    service: ServiceClient, alone: ServiceClient, lora: LoraConfig | None
 ) -> None:
     client, expected = (s.create_training_client("tiny", lora) for s in (service, alone))
     assert trained(client) == pytest.approx(trained(expected), rel=rounded(1e-4))
