@@ -5,9 +5,12 @@
 The differences between B-STaR and each other method after the last round, at the same seed, with
 the 95% interval of their mean by Student's t; then, for each run:
 
-    (a) pass@K-4: the coldest fixed run ends below its best round, B-STaR no lower than after round 1.
-    (b) In the second half B-STaR still gains in pass@1, and more than every fixed run.
-    (c) The chosen temperature ends above its first value; the balance score never falls by more than `NOISE`.
+    (a) pass@K-4: the coldest fixed run ends below its best round, B-STaR no lower than after the first.
+    (b) After the middle round B-STaR still gains in pass@1, and more than every fixed run.
+    (c) The chosen temperature ends above its first value; the balance score never falls by more
+        than `NOISE`.
+
+The rounds of (a) and (b) are those that were evaluated.
 """
 
 import math
@@ -18,7 +21,7 @@ from pathlib import Path
 from posttrain.backend.errors import DataError
 from posttrain.tracking.command_line import run_on_folders
 from recipes.bstar.methods import METHODS
-from recipes.bstar.pictures import samples_of, value
+from recipes.bstar.pictures import middle, samples_of, value
 from recipes.bstar.records import Summary
 from recipes.bstar.report import read_methods
 from recipes.intervals import mean_and_margin
@@ -53,16 +56,20 @@ def claims(run: Path) -> dict[str, tuple[bool, str]]:
     cold, bstar = (_curve(rounds[name], wide) for name in (fixed[0], "bstar"))
     holds = cold[-1] < max(cold[1:]) and bstar[-1] >= bstar[1]
     outcomes = {"a": (holds, f"{wide[5:]}: {fixed[0]} {_path(cold)}; bstar {_path(bstar)}")}
-    curves = {name: _curve(rounds[name], "test/pass@1") for name in ("bstar", *fixed)}
-    late = {name: curve[-1] - curve[len(curve) // 2] for name, curve in curves.items()}
+    late = {name: _late(rounds[name]) for name in ("bstar", *fixed)}
     holds = late["bstar"] > max(0.0, *(late[name] for name in fixed))
     shown = ", ".join(f"{name} {gain:+.3f}" for name, gain in late.items())
-    return outcomes | {"b": (holds, f"second half: {shown}"), "c": _chosen(rounds["bstar"][1:])}
+    return outcomes | {"b": (holds, f"after the middle round: {shown}"), "c": _chosen(rounds["bstar"][1:])}
 
 
 def _curve(rounds: Sequence[Summary], key: str) -> list[float]:
     """The metric in the rounds that were evaluated."""
     return [number for summary in rounds if not math.isnan(number := value(summary, key))]
+
+
+def _late(rounds: Sequence[Summary]) -> float:
+    """The gain in pass@1 after the middle round."""
+    return _curve(rounds, "test/pass@1")[-1] - value(rounds[middle(rounds)], "test/pass@1")
 
 
 def _chosen(rounds: Sequence[Summary]) -> tuple[bool, str]:

@@ -17,7 +17,7 @@ from posttrain.tracking.command_line import run_on_folders
 from posttrain.tracking.figures import save_figure
 from posttrain.tracking.jsonl import write_atomically
 from posttrain.tracking.pages import figure_html, html_page, table
-from recipes.bstar.pictures import as_svg, draw_comparison, evaluated, test_keys, value
+from recipes.bstar.pictures import as_svg, draw_comparison, evaluated, middle, test_keys, value
 from recipes.bstar.records import Summary
 from recipes.bstar.report import STYLE, read_methods
 
@@ -66,11 +66,6 @@ def gains(runs: Mapping[str, Sequence[Sequence[Summary]]]) -> dict[str, tuple[fl
         )
         gained[method] = (float((half_S - first_S).mean()), float((last_S - half_S).mean()))
     return gained
-
-
-def middle(rounds: Sequence[Summary]) -> int:
-    found = evaluated(rounds)
-    return found[(len(found) - 1) // 2]
 
 
 def compare(folders: Sequence[Path], out: Path) -> Path:

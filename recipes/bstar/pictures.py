@@ -45,6 +45,12 @@ def evaluated(summaries: Sequence[Summary]) -> list[int]:
     return [summary.round for summary in summaries if "test/pass@1" in summary.metrics]
 
 
+def middle(summaries: Sequence[Summary]) -> int:
+    """The middle one of the evaluated rounds: 2 of 0, 2, 4 and 6."""
+    found = evaluated(summaries)
+    return found[(len(found) - 1) // 2]
+
+
 def samples_of(summaries: Sequence[Summary]) -> int:
     """K of the test set's pass@K."""
     matches = [re.fullmatch(r"test/pass@(\d+)", key) for key in summaries[0].metrics]
