@@ -51,6 +51,11 @@ def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None
         assert torch.equal(a[name], b[name]), name
 
 
+def logprobs(client: TrainingClient) -> torch.Tensor:
+    outputs = client.forward(policy_data(4), "importance_sampling").result().loss_fn_outputs
+    return torch.cat([output["logprobs"].to_torch() for output in outputs])
+
+
 def sampler_logprobs(service: ServiceClient, path: str) -> torch.Tensor:
     sampler = service.create_sampling_client(path)
     return torch.tensor(sampler.compute_logprobs(TOKENS).result()[1:])
