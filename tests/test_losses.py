@@ -408,7 +408,8 @@ def test_every_position_has_its_logprob_whatever_its_weight(budget: int) -> None
         for out, p in zip(output.loss_fn_outputs, expected_D, strict=True):
             assert np.allclose(out["logprobs"].array, p.detach().numpy(), atol=rounded(5e-6))
     trainer.zero_grad()
-    trainer.run_custom(data, mean_over_all)
+    metrics = trainer.run_custom(data, mean_over_all).metrics
+    assert metrics["surrogate_loss:sum"] == pytest.approx(metrics["loss:sum"], rel=rounded(1e-5))  # it is linear
     for name, gradient in gradients(trainer).items():
         assert (gradient - expected[name]).norm() <= 2 * ROUNDING * expected[name].norm() + 1e-9, name
 

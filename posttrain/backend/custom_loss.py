@@ -27,6 +27,16 @@ def check_loss(loss: torch.Tensor) -> None:
         )
 
 
+def surrogate_loss(logprobs_D: Sequence[torch.Tensor]) -> float:
+    """Logprobs times their gradients, summed: the linear loss with the same gradient."""
+    return sum((p.detach() * p.grad).sum().item() for p in logprobs_D if p.grad is not None)
+
+
+def sums(loss: float, surrogate: float) -> dict[str, float]:
+    """The metrics beside those of the loss itself, named as in Tinker's SDK."""
+    return {"loss:sum": loss, "surrogate_loss:sum": surrogate}
+
+
 def linear(p_NK: torch.Tensor, inputs: Tensors) -> tuple[torch.Tensor, Tensors]:
     """p times `gradient`, its own gradient."""
     return p_NK * inputs["gradient"], {}
@@ -47,7 +57,7 @@ def run_in_two_passes(
     gradients_D = [np.zeros_like(zeros) if p.grad is None else p.grad.numpy()
                    for p, zeros in zip(logprobs_D, zeros_D, strict=True)]  # fmt: skip
     run_terms([LossTerm(_with_gradient(data_D, gradients_D), linear)], backward=True)
-    return ForwardBackwardOutput(forward.loss_fn_outputs, {**metrics, "loss:sum": loss.item()})
+    return ForwardBackwardOutput(forward.loss_fn_outputs, metrics | sums(loss.item(), surrogate_loss(logprobs_D)))
 
 
 def _with_gradient(data_D: Sequence[Datum], gradients_D: Sequence[Any]) -> list[Datum]:
