@@ -156,6 +156,7 @@ def test_what_a_user_may_write(argv, expected):
         ([f"env={__name__}:Contest"], f"env.judge: not given; give env.judge=module:Class (such as {__name__}:Strict)"),
         ([f"env={__name__}:Unread"], "the annotation of Unread.share cannot be read (name 'Fraction' is not defined)"),
         ([f"env={__name__}:Around"], "the annotation of Unread.share cannot be read"),
+        (["env=words", "env.path=x", "env.split="], "env.split= is empty: give a value, or env.split=None"),
         (["env=/etc"], "env=/etc: a folder that no short name reads; known: sums"),
         (["...grup_size=3"], "did you mean env.group_size?"),
         (["env.group_size=abc"], "env.group_size=abc: expected int"),

@@ -371,9 +371,17 @@ def test_targets_that_are_no_whole_numbers_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "config", "says"),
-    [("pppo", None, "did you mean 'ppo'"), ("ppo", {"beta": 1}, "not an option"), ("dro", None, "beta")],
+    [
+        ("pppo", None, "did you mean 'ppo'"),
+        ("mine:losss", None, "nor a function of a module that is here"),
+        ("ppo", {"beta": 1}, "not an option"),
+        ("dro", None, "beta"),
+        (len, None, "loss_fn=len: too many positional arguments"),
+        (LOSSES["dro"].fn, None, "missing a required argument: 'beta'"),
+        (LOSSES["dro"].fn, {"beta": 1, "gamma": 1}, "unexpected keyword argument 'gamma'"),
+    ],
 )
-def test_unknown_losses_and_options_are_refused(name: str, config: dict | None, says: str) -> None:
+def test_unknown_losses_and_options_are_refused(name: Any, config: dict | None, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         resolve_loss(name, config)
 

@@ -24,7 +24,7 @@ from posttrain.backend.attention import check_setting, dense_mask, masks_of_laye
 from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.batching import WIDTH_BUCKET, MicroBatch, Positions, micro_batches
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
-from posttrain.backend.custom_loss import CustomLoss, check_loss, sums, surrogate_loss
+from posttrain.backend.custom_loss import CustomLoss, checked, sums, surrogate_loss
 from posttrain.backend.data_checks import check_data, check_finite, check_kinds, check_term, resolve_loss
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ConfigError, DataError, NonFiniteError
@@ -288,8 +288,7 @@ class Trainer:
             logprobs_D = _split_by_datum(data_D, positions, [p_NK.cpu() for p_NK in parts])
             for p_T in logprobs_D:
                 p_T.retain_grad()
-            loss, metrics = fn(list(data_D), logprobs_D)
-            check_loss(loss)
+            loss, metrics = checked(fn(list(data_D), logprobs_D))
             loss.backward()
             if len(batches) > 1:
                 for batch, *cut in zip(batches, parts[::2], parts[1::2], strict=True):

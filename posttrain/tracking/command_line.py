@@ -416,6 +416,8 @@ def _check_option(key: str, value: str, parameters: Mapping[str, Any]) -> None:
             hint = f"it is one of {elsewhere}; "
         raise ConfigError(f"unknown option {key!r}; {hint}--help lists the options")
     for path in paths:
+        if not value and type(None) in get_args(parameters[path].type):  # a shell's $CHECKPOINT that is not set
+            raise ConfigError(f"{path}= is empty: give a value, or {path}=None, or leave it out")
         try:
             parameters[path].cast(value)
         except CastError:
