@@ -122,7 +122,8 @@ class BradleyTerry:
 
     def metrics(self, batch: list[Datum], outputs: Sequence[ForwardBackwardOutput]) -> Metrics:
         names = {"loss:sum": "train_loss", "accuracy": "train_accuracy", "reward_gap": "train_reward_gap"}
-        return {names[name]: value for name, value in outputs[0].metrics.items()} | {"num_pairs": len(batch) // 2}
+        found = outputs[0].metrics
+        return {ours: found[name] for name, ours in names.items()} | {"num_pairs": len(batch) // 2}
 
 
 @chz.chz

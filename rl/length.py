@@ -77,7 +77,11 @@ def length_penalized(
 
 
 def _correct(trajectory: Trajectory) -> bool:
+    """An episode that a limit of the run ended is wrong, unless its environment says otherwise."""
     metrics = trajectory.transitions[-1].metrics
-    if "correct" not in metrics:
-        raise DataError("length.kind=kimi needs the metric `correct` in a rollout's last turn, and this one has none")
-    return metrics["correct"] > 0
+    if "correct" not in metrics and trajectory.stop_reason == "done":
+        raise DataError(
+            "length.kind=kimi needs the metric `correct` (0 or 1) in a rollout's last turn, and this environment's has "
+            f"{', '.join(metrics) or 'none'}: return it in StepResult.metrics, or set length.kind=overlong"
+        )
+    return metrics.get("correct", 0.0) > 0

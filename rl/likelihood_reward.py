@@ -19,7 +19,7 @@ from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ForwardBackwardOutput, KeptRow, ModelInput
 from posttrain.renderers.types import Renderer
 from rl.data_processing import rows_of
-from rl.types import Action, BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup
+from rl.types import Action, BatchReward, BatchRewardBuilder, EnvGroupBuilder, Metrics, TrajectoryGroup
 
 
 @runtime_checkable
@@ -112,14 +112,19 @@ class LikelihoodReward(BatchReward):
 
 def _parts(group: TrajectoryGroup, g: int) -> tuple[list[int], list[int], bool]:
     """Prompt with rationale, answer, and whether the rationale stopped by itself."""
-    if not isinstance(group.builder, HasAnswer):
-        raise ConfigError(
-            f"{type(group.builder).__name__} has no answer_tokens and rationale(action): the likelihood reward needs "
-            "both (HasAnswer)"
-        )
+    builder = _with_answer(group.builder)
     turn = group.trajectories_G[g].transitions[-1]
-    rationale, finished = group.builder.rationale(turn.ac.tokens)
-    return [*turn.ob.to_ints(), *rationale], group.builder.answer_tokens, finished
+    rationale, finished = builder.rationale(turn.ac.tokens)
+    return [*turn.ob.to_ints(), *rationale], builder.answer_tokens, finished
+
+
+def _with_answer(builder: object) -> HasAnswer:
+    if not isinstance(builder, HasAnswer):
+        raise ConfigError(
+            f"{type(builder).__name__} has no answer_tokens and rationale(action), and the likelihood reward reads "
+            "both: take an environment with groups of them, such as recipes/latro/env.py's, or another batch_reward"
+        )
+    return builder
 
 
 @chz.chz
@@ -135,6 +140,10 @@ class LikelihoodRewardBuilder(BatchRewardBuilder):
     penalty_reward_value: float = chz.field(
         default=2.0, validator=Range(1, LARGEST), doc="multiplies the mean reward, which is negative"
     )
+
+    def check_groups(self, builders_P: Sequence[EnvGroupBuilder]) -> None:
+        for builder in builders_P:
+            _with_answer(builder)
 
     async def __call__(
         self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer

@@ -72,6 +72,8 @@ async def main(config: Config) -> Metrics:
         raise DataError("the dataset has no batch to train on")
     if config.distill.paths():
         config.distill.check_groups(step_checks.batch(dataset, 0))
+    if config.batch_reward:
+        config.batch_reward.check_groups(step_checks.batch(dataset, 0))
     if notice := step_checks.short_batches(config.env, dataset):
         print(notice, flush=True)
     if notice := step_checks.beyond_context(max_tokens, renderer.tokenizer):

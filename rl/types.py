@@ -289,6 +289,10 @@ class BatchRewardBuilder:
     """Configuration of a BatchReward. `training_client` is the trained policy, with current weights
     at every call."""
 
+    def check_groups(self, builders_P: Sequence[EnvGroupBuilder]) -> None:
+        """ConfigError for groups that lack what the reward reads; called with the first batch, before any model is
+        loaded."""
+
     async def __call__(
         self, service: "ServiceClient", training_client: "TrainingClient", renderer: Renderer
     ) -> BatchReward:

@@ -4,6 +4,7 @@ mapped, and are read a block at a time.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 from unittest.mock import patch
@@ -16,6 +17,8 @@ from posttrain.backend.hub import hub_is_reached, hub_reason
 from supervised.rows import Row, read_rows, without_nulls
 
 BLOCK = 1000  # rows in memory at once, where all are read
+# Of CSV and TSV: an empty cell is null, and "NA", "None" or "null" are texts: a country, a name, an answer.
+CELLS = {"keep_default_na": False, "na_values": [""]}
 
 
 class TableRows(Sequence[Row]):
@@ -81,10 +84,14 @@ def table_rows(name: str, subset: str | None, split: str) -> TableRows:
             if files and path.suffix != path.suffix.lower():  # the library knows lower-case endings alone
                 repository, files = path.suffix[1:].lower().replace("jsonl", "json"), str(path)
             unreached = datasets_config.HF_HUB_OFFLINE or not (path.exists() or hub_is_reached())
+            load = partial(
+                datasets.load_dataset, repository, subset, data_files=files, split=split, revision=revision or None
+            )
             with patch.object(datasets_config, "HF_HUB_OFFLINE", unreached):
-                table = datasets.load_dataset(
-                    repository, subset, data_files=files, split=split, revision=revision or None
-                )
+                try:
+                    table = load(**CELLS)
+                except ValueError:  # other formats have no such options
+                    table = load()
         rows = TableRows(table, name, split, range(len(table)))
     if not rows:
         raise DataError(f"dataset {name!r}, split {split!r}, has no examples")

@@ -47,5 +47,8 @@ async def test_an_export_is_encrypted_whole_and_leaves_nothing_in_plain(http: Ht
         assert all(pyrage.decrypt(encrypted, [key]) == whole for key in KEYS)
     folder = state.store.find(f"tinker://{model_id}/external_weights/out").folder
     assert {path.name for path in folder.parent.iterdir()} == {"out", "out.json", "plain", "plain.json"}
-    refused = await http.call("save_weights", seq_id=3, **wanted)
+    for seq_id, fields in ((3, wanted | {"path": "plain"}), (4, {"model_id": model_id, "path": "out"})):
+        refused = await http.result(await http.call("save_weights_external", seq_id=seq_id, **fields))
+        assert "which the new one is not: choose another name, or delete it" in refused.json()["error"]
+    refused = await http.call("save_weights", seq_id=5, **wanted)
     assert refused.status_code == 400 and "save_weights_external" in refused.json()["detail"]

@@ -6,12 +6,13 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from posttrain.backend.errors import NonFiniteError, OutOfMemoryError, PassCancelledError
+from posttrain.backend.errors import ConfigError, NonFiniteError, OutOfMemoryError, PassCancelledError
 from posttrain.backend.futures import APIFuture
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.service_client import ServiceClient
@@ -135,6 +136,27 @@ def test_no_step_follows_a_pass_that_failed(
 
     if not isinstance(error, KeyboardInterrupt | SystemExit):  # these end the event loop itself
         asyncio.run(awaited())
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [
+        (lambda p_T: p_T.sum(), "must return the loss, and a dict of metrics"),
+        (lambda p_T: (p_T.sum(), None), "must return the loss, and a dict of metrics"),
+        (lambda p_T: None, "returned None"),
+        (lambda p_T: (1.0, {}), "the loss 1.0, not a tensor of one number"),
+        (lambda p_T: (p_T, {}), "not a tensor of one number: is it summed?"),
+    ],
+)
+def test_what_a_custom_loss_may_return(torch_service: ServiceClient, returned: Any, says: str) -> None:
+    client = torch_service.create_training_client("micro")
+    data = policy_data(2)
+    failed = client.forward_backward_custom(data, lambda data_D, logprobs_D: returned(logprobs_D[0]))
+    error = client.optim_step(STEP).exception(PATIENCE)
+    assert isinstance(error, ConfigError) and says in str(error) and isinstance(failed.exception(PATIENCE), ConfigError)
+    # Trap: a metric that keeps the activations of its pass
+    passed = client.forward_backward_custom(data, lambda data_D, p_D: (p_D[0].sum(), {"mean": p_D[0].mean()}))
+    assert isinstance(passed.result(PATIENCE).metrics["mean"], float)
 
 
 def test_what_failed_in_optim_step_leaves_no_gradient_and_no_stale_sampler(

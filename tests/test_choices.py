@@ -137,7 +137,7 @@ def test_the_clients_name_what_they_cannot_take(torch_service: ServiceClient):
         (lambda: sampler.sample(PROMPT, 1, SamplingParams(stop=[10**6])), RangeError, "stop=1000000"),
         *(
             (lambda name=name: client.save_state(name), ConfigError, "no name of a checkpoint")
-            for name in ("", ".", "..", 5)
+            for name in ("", ".", "..", 5, "a\0b")
         ),
     ]
     for call, kind, message in calls:

@@ -10,7 +10,7 @@ import sys
 import textwrap
 from enum import Enum
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 from unittest.mock import patch
 
 import chz
@@ -18,6 +18,9 @@ import pytest
 
 from posttrain.backend.errors import ConfigError
 from posttrain.tracking.command_line import USUAL_NAMES, parse
+
+if TYPE_CHECKING:
+    from fractions import Fraction
 
 
 class Which(Enum):
@@ -40,6 +43,16 @@ class Sums(Task):
 class Words(Task):
     path: str = chz.field(doc="folder of the data")
     split: str | None = chz.field(default=None, doc="part of it")
+
+
+@chz.chz
+class Unread(Task):
+    share: "Fraction | None" = chz.field(default=None, doc="of the digits")
+
+
+@chz.chz
+class Around(Task):
+    inner: Unread | None = chz.field(default=None, doc="the task")
 
 
 @chz.chz
@@ -141,6 +154,9 @@ def test_what_a_user_may_write(argv, expected):
         (["model=m"], "unknown option 'model'; did you mean model_name?"),
         (["data=x"], "unknown option 'data'; did you mean env?"),
         ([f"env={__name__}:Contest"], f"env.judge: not given; give env.judge=module:Class (such as {__name__}:Strict)"),
+        ([f"env={__name__}:Unread"], "the annotation of Unread.share cannot be read (name 'Fraction' is not defined)"),
+        ([f"env={__name__}:Around"], "the annotation of Unread.share cannot be read"),
+        (["env=words", "env.path=x", "env.split="], "env.split= is empty: give a value, or env.split=None"),
         (["env=/etc"], "env=/etc: a folder that no short name reads; known: sums"),
         (["...grup_size=3"], "did you mean env.group_size?"),
         (["env.group_size=abc"], "env.group_size=abc: expected int"),

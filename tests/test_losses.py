@@ -371,9 +371,17 @@ def test_targets_that_are_no_whole_numbers_are_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "config", "says"),
-    [("pppo", None, "did you mean 'ppo'"), ("ppo", {"beta": 1}, "not an option"), ("dro", None, "beta")],
+    [
+        ("pppo", None, "did you mean 'ppo'"),
+        ("mine:losss", None, "nor a function of a module that is here"),
+        ("ppo", {"beta": 1}, "not an option"),
+        ("dro", None, "beta"),
+        (len, None, "loss_fn=len: too many positional arguments"),
+        (LOSSES["dro"].fn, None, "missing a required argument: 'beta'"),
+        (LOSSES["dro"].fn, {"beta": 1, "gamma": 1}, "unexpected keyword argument 'gamma'"),
+    ],
 )
-def test_unknown_losses_and_options_are_refused(name: str, config: dict | None, says: str) -> None:
+def test_unknown_losses_and_options_are_refused(name: Any, config: dict | None, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         resolve_loss(name, config)
 
@@ -408,7 +416,8 @@ def test_every_position_has_its_logprob_whatever_its_weight(budget: int) -> None
         for out, p in zip(output.loss_fn_outputs, expected_D, strict=True):
             assert np.allclose(out["logprobs"].array, p.detach().numpy(), atol=rounded(5e-6))
     trainer.zero_grad()
-    trainer.run_custom(data, mean_over_all)
+    metrics = trainer.run_custom(data, mean_over_all).metrics
+    assert metrics["surrogate_loss:sum"] == pytest.approx(metrics["loss:sum"], rel=rounded(1e-5))  # it is linear
     for name, gradient in gradients(trainer).items():
         assert (gradient - expected[name]).norm() <= 2 * ROUNDING * expected[name].norm() + 1e-9, name
 

@@ -56,8 +56,12 @@ def test_the_penalty_is_in_the_reward_and_the_logged_reward_stays() -> None:
     idle.final_rewards_G.append(0.5)
     (played,), out = length_penalized([idle], LengthPenalty(kind="kimi"))
     assert played.final_rewards_G == [-0.5, 0.5, 0.5] and out == {"length_reward": 0.0}
-    with pytest.raises(DataError, match="needs the metric `correct`"):
+    with pytest.raises(DataError, match="needs the metric `correct` .*has none: return it in StepResult.metrics"):
         length_penalized([original], LengthPenalty(kind="kimi"))
+    cut = group([3, 4, 5, 6], [7, 8], correct=True)  # Trap: the run ends with a game
+    cut.trajectories_G[1].stop_reason, cut.trajectories_G[1].transitions[-1].metrics = "max_turns", {}
+    (penalized,), _ = length_penalized([cut], LengthPenalty(kind="kimi"))
+    assert penalized.final_rewards_G == [-0.5, 0.0]
     with pytest.raises(ConfigError, match=r"length.buffer=9 is more than the limit of 4 tokens"):
         LengthPenalty(kind="overlong", buffer=9).checked(max_tokens=4)
 

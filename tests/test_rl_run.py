@@ -182,6 +182,12 @@ class Answered(EnvGroupBuilder):
         return []
 
 
+def test_a_reward_that_cannot_read_the_groups_is_refused_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="LowTokenGroup has no answer_tokens and rationale"):
+        asyncio.run(train.main(config(tmp_path / "run", batch_reward=LikelihoodRewardBuilder())))
+    assert not (tmp_path / "run").exists()
+
+
 def two_members() -> TrajectoryGroup:
     """One turn that is right, and none."""
     turn = Transition(

@@ -1,9 +1,11 @@
 """Unusual and hostile clients of the Tinker protocol's server: what they get wrong is theirs alone."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 
+from posttrain.backend import extras
 from posttrain.serve.state import Limits, State
 from tests.test_serve import Http, app_test, base_sampler, loss, sample_of, until
 from tests.test_serve import service as service  # the fixture
@@ -77,7 +79,11 @@ async def test_a_refused_request_uses_its_number_up(http: Http, state: State) ->
     for seq_id, (endpoint, says, fields) in enumerate(refused, start=1):
         answer = await http.call(endpoint, model_id=model_id, seq_id=seq_id, **fields)
         assert says in await error_of(http, answer)
-    good = await http.send(pass_body(model_id, len(refused) + 1, [datum()]))
+    export = {"model_id": model_id, "path": "b", "age_encryption_recipients": ["age1"]}
+    with patch.object(extras, "is_installed", return_value=False):
+        answer = await http.call("save_weights_external", seq_id=len(refused) + 1, **export)
+    assert "needs pyrage" in await error_of(http, answer)
+    good = await http.send(pass_body(model_id, len(refused) + 2, [datum()]))
     assert loss(await http.result(good)) > 0
 
 

@@ -95,7 +95,9 @@ def custom(trainer: Trainer) -> None:
     def loss(data: list[Datum], p_D: list[torch.Tensor]) -> tuple[torch.Tensor, dict[str, float]]:
         return torch.stack([p.square().mean() * (d + 1) for d, p in enumerate(p_D)]).sum(), {"data": len(data)}
 
-    assert trainer.run_custom(policy_data(6, seed=7), loss).metrics["data"] == 6
+    metrics = trainer.run_custom(policy_data(6, seed=7), loss).metrics
+    assert metrics["data"] == 6
+    assert metrics["surrogate_loss:sum"] == pytest.approx(2 * metrics["loss:sum"], rel=1e-4)  # of squares
 
 
 def scalars(trainer: Trainer) -> None:

@@ -2,6 +2,7 @@
 messages with null fields, marks of some messages, and contents in pieces.
 """
 
+import gzip
 import json
 from itertools import groupby
 from pathlib import Path
@@ -15,6 +16,7 @@ from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.renderers.turns import decode
 from supervised.data import FileBuilder, HuggingFaceBuilder
+from supervised.table_rows import table_rows
 
 # writes tools and calls, as Qwen's
 TEMPLATE = (
@@ -77,3 +79,17 @@ def test_marks_nulls_and_pieces_of_messages(messages: list[dict[str, Any]], expe
     else:
         with pytest.raises(DataError, match=expected):
             FileBuilder(path="").example(row, RENDERER)
+
+
+# Trap: a country code, a surname or an answer that pandas reads as no value.
+@pytest.mark.parametrize("name", ["train.csv", "train.tsv", "TRAIN.CSV", "train.csv.gz", "folder"])
+def test_a_cell_of_a_table_of_text_is_that_text(name: str, tmp_path: Path) -> None:
+    answers, file = ["NA", "null", "None", "nan", "N/A", "#N/A", "-", "yes"], tmp_path / name
+    if name == "folder":
+        file.mkdir()
+    text = "question,answer,input\n" + "".join(f"q{i},{answer},\n" for i, answer in enumerate(answers))
+    text = text.replace(",", "\t") if ".tsv" in name else text
+    to = file / "train.csv" if name == "folder" else file
+    to.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    rows = [fields for _, fields in table_rows(str(file), None, "train")]
+    assert [row["answer"] for row in rows] == answers and {row["input"] for row in rows} == {None}

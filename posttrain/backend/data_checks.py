@@ -25,12 +25,14 @@ def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
     """The loss by name, or a callable of the same signature. ConfigError for unknown options."""
     if not isinstance(loss_fn, str):
         check_callable(loss_fn)
+        _check_signature(loss_fn, loss_fn_config or {})
         return Loss(loss_fn, ())
     if loss_fn not in LOSSES:
         near = difflib.get_close_matches(loss_fn, LOSSES, n=1)
-        raise ConfigError(
-            f"loss_fn {loss_fn!r} is not one of {', '.join(LOSSES)}" + (f"; did you mean {near[0]!r}?" if near else "")
-        )
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        if ":" in loss_fn:
+            hint = ", nor a function of a module that is here: is module:function right?"
+        raise ConfigError(f"loss_fn {loss_fn!r} is not one of {', '.join(LOSSES)}{hint}")
     loss = LOSSES[loss_fn]
     options = list(inspect.signature(loss.fn).parameters.values())[2:]
     given = set(loss_fn_config or {})
@@ -46,6 +48,19 @@ def resolve_loss(loss_fn: str | LossFn, loss_fn_config: dict | None) -> Loss:
         if value < 0:  # a bound of a ratio, or the weight of a penalty, which would become a reward
             raise ConfigError(f"loss_fn_config.{name}={value!r} must be at least 0")
     return loss
+
+
+def _check_signature(loss_fn: LossFn, options: dict) -> None:
+    """ConfigError for a function that cannot be called as losses are: the model would be loaded first."""
+    try:
+        inspect.signature(loss_fn).bind(None, None, **options)
+    except TypeError as error:
+        raise ConfigError(
+            f"loss_fn={getattr(loss_fn, '__name__', loss_fn)}: {error}; it is called with the logprobs, the other "
+            f"arrays by name, and loss_fn_config ({', '.join(options) or 'none here'})"
+        ) from None
+    except ValueError:  # a function without a signature, as some of C
+        return
 
 
 def check_term(term: LossTerm, vocabulary: int, max_length: int, first: int) -> Loss:

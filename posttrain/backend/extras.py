@@ -13,6 +13,7 @@ EXTRAS = {
     "ray": "cluster",
     **{name: name for name in ("wandb", "tensorboard", "trackio", "verifiers")},
 }
+_found: set[str] = set()
 
 
 def need(package: str, option: str) -> None:
@@ -26,14 +27,17 @@ def missing(package: str, option: str) -> ConfigError:
 
 
 def is_installed(package: str) -> bool:
-    """Does not import it, which takes seconds."""
-    if sys.modules.get(package) is not None:
+    """Does not import it, which takes seconds. What was found stays found: each problem of a set may ask."""
+    if package in _found or sys.modules.get(package) is not None:
         return True
     try:
         spec = find_spec(package)
     except ModuleNotFoundError:  # its parent
         return False
-    return spec is not None and spec.origin is not None  # a folder of this name ("datasets") has none
+    if spec is None or spec.origin is None:  # a folder of this name ("datasets") has none
+        return False
+    _found.add(package)
+    return True
 
 
 def how_to_install(package: str) -> str:

@@ -24,7 +24,7 @@ from posttrain.backend.attention import check_setting, dense_mask, masks_of_laye
 from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.batching import WIDTH_BUCKET, MicroBatch, Positions, micro_batches
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
-from posttrain.backend.custom_loss import CustomLoss, check_loss
+from posttrain.backend.custom_loss import CustomLoss, checked, sums, surrogate_loss
 from posttrain.backend.data_checks import check_data, check_finite, check_kinds, check_term, resolve_loss
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import ConfigError, DataError, NonFiniteError
@@ -286,14 +286,15 @@ class Trainer:
                 for p_NK in parts:
                     p_NK.requires_grad_()
             logprobs_D = _split_by_datum(data_D, positions, [p_NK.cpu() for p_NK in parts])
-            loss, metrics = fn(list(data_D), logprobs_D)
-            check_loss(loss)
+            for p_T in logprobs_D:
+                p_T.retain_grad()
+            loss, metrics = checked(fn(list(data_D), logprobs_D))
             loss.backward()
             if len(batches) > 1:
                 for batch, *cut in zip(batches, parts[::2], parts[1::2], strict=True):
                     torch.autograd.backward(self._logprobs(batch), [p_NK.grad for p_NK in cut])
         outputs = [{self.output_name: TensorData.from_torch(logprobs)} for logprobs in logprobs_D]
-        return ForwardBackwardOutput(outputs, {**metrics, "loss:sum": loss.item()})
+        return ForwardBackwardOutput(outputs, metrics | sums(loss.item(), surrogate_loss(logprobs_D)))
 
     def _micro_batches(
         self, data_D: Sequence[Datum], chosen: Sequence[int], others: bool = True

@@ -387,6 +387,6 @@ class TrainingClient(Ready):
 
 def _folder(parent: Path, name: str) -> Path:
     """A checkpoint's, by its name or path. ConfigError for a name that stands for `parent` or a folder around it."""
-    if not isinstance(name, str | PathLike) or Path(name).name in ("", ".."):
+    if not isinstance(name, str | PathLike) or Path(name).name in ("", "..") or "\0" in str(name):
         raise ConfigError(f"name={name!r:.80} is no name of a checkpoint: give a text, as step_100")
     return parent / name

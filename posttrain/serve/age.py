@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from posttrain.backend.atomic_folder import atomic_folder
+from posttrain.backend.errors import CheckpointError
 from posttrain.backend.extras import need
 from posttrain.serve.body import BodyError
 
@@ -38,6 +39,16 @@ def _public_key(text: str) -> Any:
         raise BodyError(
             f"age_encryption_recipients: {text[:80]!r} is no public key, such as `age-keygen` prints (age1...): {error}"
         ) from error
+
+
+def check_replaces(path: str, folder: Path, *, encrypted: bool) -> None:
+    """CheckpointError where `folder` holds an export that is encrypted, and the new one is not, or the reverse."""
+    there = any(folder.rglob("*.age"))
+    if folder.exists() and there != encrypted:
+        raise CheckpointError(
+            f"{path} exists and is {'encrypted' if there else 'in plain'}, which the new one is not: choose another "
+            "name, or delete it"
+        )
 
 
 async def save_encrypted(save: Callable[[str], Awaitable[object]], folder: Path, recipients: Sequence[Any]) -> None:

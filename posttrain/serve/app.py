@@ -102,11 +102,11 @@ def _accepted(request: Request) -> Response:
 
 @contextlib.contextmanager
 def _used_up(state: State, model_id: str, seq_id: int) -> Iterator[None]:
-    """A request that is refused here takes its number with it: its client goes on with the next, which would
-    wait for this one, and fail."""
+    """Around the reading of a request's fields. One that is refused there takes its number with it: its client goes
+    on with the next, which would wait for this one, and fail."""
     try:
         yield
-    except BodyError as error:
+    except CookbookError as error:
         refused = error
 
         async def start(client: TrainingClient) -> Answer:
@@ -258,14 +258,14 @@ async def save_weights(kind: str, state: State, request: HttpRequest) -> Respons
     model_id, seq_id = body.text("model_id"), body.integer("seq_id", least=1)
     name = body.fields.get("path")
     with _used_up(state, model_id, seq_id):
-        if kind == "sampler_weights" and name is None:
-            follow = body.text("kind", "snapshot") == "inflight"
-            return _accepted(state.snapshot(model_id, seq_id, body.integer("sampling_session_seq_id", seq_id), follow))
+        number, follow = body.integer("sampling_session_seq_id", seq_id), body.text("kind", "snapshot") == "inflight"
         recipients = read_recipients(body.listing("age_encryption_recipients", []))
         if recipients and kind != "external_weights":
             raise BodyError("age_encryption_recipients: it is save_weights_external that encrypts")
         overwrite = kind != "weights" or body.flag("overwrite", False)
         ttl_seconds, metadata = body.fields.get("ttl_seconds"), body.texts("user_metadata")
+    if kind == "sampler_weights" and name is None:
+        return _accepted(state.snapshot(model_id, seq_id, number, follow))
     return _accepted(state.save(model_id, seq_id, kind, name, ttl_seconds, overwrite, metadata, recipients))
 
 

@@ -19,7 +19,7 @@ from posttrain.backend.sampling_client import SamplingClient, check_prompt_fits
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, LoraConfig, ModelInput, SamplingParams
-from posttrain.serve.age import save_encrypted
+from posttrain.serve.age import check_replaces, save_encrypted
 from posttrain.serve.bases import BaseModel
 from posttrain.serve.order import GAP_SECONDS, NumberedQueue
 from posttrain.serve.requests import PROTOBUF, Answer, Request, Requests, json_answer
@@ -309,6 +309,7 @@ class State:
             saved = name if name is not None else f"{seq_id:06d}"
             path = f"tinker://{model_id}/{kind}/{check_name(saved)}"
             with self.store.writing(model_id, kind, saved, ttl_seconds, user_metadata, overwrite) as folder:
+                check_replaces(path, folder, encrypted=bool(recipients))
                 await (save_encrypted(write, folder, recipients) if recipients else write(str(folder)))
             return json_answer({"path": path})
 

@@ -331,7 +331,24 @@ def _load_class(path: str, target: str, parameter: Any) -> type:
         raise ConfigError(
             f"{path}={target}: not a class; give module:Class of a subclass of {type_repr(parameter.type)}"
         )
+    _check_annotations(f"{path}={target}", loaded_class, set())
     return loaded_class
+
+
+def _check_annotations(option: str, kind: type, seen: set[type]) -> None:
+    """ConfigError for a field whose annotation names what is imported for type checkers alone: chz evaluates it."""
+    seen.add(kind)
+    for name, field in (chz.chz_fields(kind) if chz.is_chz(kind) else {}).items():
+        try:
+            of_field = field.x_type
+        except (NameError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"{option}: the annotation of {kind.__name__}.{name} cannot be read ({error}): import what it names "
+                "outside `if TYPE_CHECKING`"
+            ) from error
+        for part in (of_field, *get_args(of_field)):
+            if isinstance(part, type) and part not in seen:
+                _check_annotations(option, part, seen)
 
 
 def _near(target: str, error: Exception) -> str:
@@ -348,7 +365,7 @@ def _near(target: str, error: Exception) -> str:
     loaded = sys.modules.get(module)
     known = dir(loaded) if loaded else [file.stem for file in Path.cwd().glob("*.py")]
     near = difflib.get_close_matches(name if loaded else module, known, n=1)
-    if near:
+    if near and near[0] != (name if loaded else module):
         return f"; did you mean {module if loaded else near[0]}:{near[0] if loaded else name}?"
     return "" if loaded else "; is its file in the current folder?"
 
@@ -399,6 +416,8 @@ def _check_option(key: str, value: str, parameters: Mapping[str, Any]) -> None:
             hint = f"it is one of {elsewhere}; "
         raise ConfigError(f"unknown option {key!r}; {hint}--help lists the options")
     for path in paths:
+        if not value and type(None) in get_args(parameters[path].type):  # a shell's $CHECKPOINT that is not set
+            raise ConfigError(f"{path}= is empty: give a value, or {path}=None, or leave it out")
         try:
             parameters[path].cast(value)
         except CastError:
