@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -166,6 +166,8 @@ def _guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
     async def guarded(request: Request) -> Response:
         try:
             return await handler(request)
+        except ClientDisconnect:  # while its body arrived
+            return _refused(Refusal("the client hung up", status=499))
         except Exception as error:
             return _refused(error)
 
