@@ -133,7 +133,7 @@ class AtOnce:
 
 def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
     """An error in OpenAI's shape."""
-    kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
+    kind = "server_error" if status >= 500 else "invalid_request_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
 
 
