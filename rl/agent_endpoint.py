@@ -22,7 +22,7 @@ from posttrain.renderers import from_openai, get_text_content, get_tool_calls
 from posttrain.renderers.turns import decode
 from posttrain.renderers.types import Message, Renderer
 from posttrain.serve.local_server import LocalServer
-from posttrain.serve.openai_answers import OnTokens, answered
+from posttrain.serve.openai_answers import OnTokens, answered, with_call_ids
 from posttrain.serve.openai_api import no_endpoint, openai_routes
 from posttrain.serve.openai_requests import Refusal
 from rl.message_env import next_prompt
@@ -147,7 +147,7 @@ class Rollout:
     def reply(self, call: Call, action: list[int], stop_reason: StopReason) -> None:
         """Sends the sampled tokens, and remembers the conversation they are in."""
         conversation = call.conversation
-        message, _ = conversation.renderer.parse_response(action)
+        message = with_call_ids(conversation.renderer.parse_response(action)[0], conversation.prompt)
         with self._lock:
             for earlier in self.conversations:
                 earlier.continued = earlier.continued or earlier.is_start_of(conversation.told, conversation.renderer)

@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import openai
 import pytest
 
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.renderers import get_renderer
+from posttrain.renderers import get_renderer, get_tool_calls
 from posttrain.renderers.turns import encode
+from posttrain.serve.openai_answers import with_call_ids
 from rl import agent_env
 from rl.agent_endpoint import GATEWAY, Endpoint
 from rl.agent_env import Agent, AgentCrashed, AgentGroupBuilder, AgentRun, Program
@@ -180,3 +182,43 @@ def test_arguments_that_were_written_again_continue_the_conversation() -> None:
     (row,) = trajectory_rows(trajectory)
     sampled = [token for turn in trajectory.transitions for token in turn.ac.tokens]
     assert [token for token, mask in zip(row.tokens[1:], row.mask_T, strict=True) if mask] == sampled
+
+
+# Trap: calls counted anew in each answer. openai-agents refuses an id that an earlier call had, and some chat
+# templates look for a tool's name by it.
+@pytest.mark.parametrize("stream", [False, True])
+def test_no_two_calls_of_a_conversation_have_one_id(stream: bool) -> None:
+    call = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+
+    def agent(endpoint: Endpoint) -> list[str]:
+        client = openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key, max_retries=0)
+        messages: list[Any] = [*HELLO]
+        for _ in range(2):
+            asked: Any = {"model": "x", "messages": messages, "tools": tools}
+            if stream:
+                with client.chat.completions.stream(**asked) as events:
+                    message = events.get_final_completion().choices[0].message
+            else:
+                message = client.chat.completions.create(**asked).choices[0].message
+            messages += [message.model_dump(include={"role", "content", "tool_calls"})]
+            messages += [{"role": "tool", "tool_call_id": c.id, "content": "ok"} for c in message.tool_calls or []]
+        ask(endpoint, messages, tools=tools)
+        return [message["tool_call_id"] for message in messages if message["role"] == "tool"]
+
+    answers = iter([said(f"{call}\n{call}"), said(call), said("done")])
+    group, (run,) = roll_out(agent, lambda prompt: next(answers))
+    assert not group.errors and len(run.conversations) == 1
+    calls = [call for message in run.conversations[0] for call in get_tool_calls(message)]
+    assert [call["id"] for call in calls] == run.result and len({*run.result}) == 3
+    assert all(len(name) == 9 and name.isalnum() for name in run.result)  # as Mistral's template wants them
+
+
+def test_an_id_of_a_call_is_a_function_of_prompt_and_call_and_the_models_own_stays() -> None:
+    def named(identity: str, prompt: list[int]) -> str:
+        part: Any = {"type": "tool_call", "id": identity, "name": "f", "arguments": {}}
+        (call,) = get_tool_calls(with_call_ids({"role": "assistant", "content": "", "parts": [part]}, prompt))
+        return call["id"]
+
+    assert named("call00001", [1, 2]) == named("call00001", [1, 2]) != named("call00001", [1, 3])
+    assert named("a1B2c3D4e", [1, 2]) == "a1B2c3D4e"
