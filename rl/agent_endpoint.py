@@ -5,11 +5,11 @@ request's sampling options only `stop` counts.
 """
 
 import asyncio
-import json
 import secrets
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from posttrain.renderers import from_openai, get_text_content, get_tool_calls
 from posttrain.renderers.turns import decode
 from posttrain.renderers.types import Message, Renderer
 from posttrain.serve.local_server import LocalServer
-from posttrain.serve.openai_answers import OnTokens, answered
+from posttrain.serve.openai_answers import OnTokens, answered, with_call_ids
 from posttrain.serve.openai_api import no_endpoint, openai_routes
 from posttrain.serve.openai_requests import Refusal
 from rl.message_env import next_prompt
@@ -71,7 +71,7 @@ def _as_told(message: Message, stop: list[str | int] | None) -> Message:
 def _content(message: Message) -> tuple[Any, ...]:
     """What agents send back of a message: thinking is mostly left out, white space trimmed."""
     calls = [
-        (call["name"], json.dumps(call["arguments"], sort_keys=True))
+        (call["name"], call["arguments"])  # equal, too, if programs in JavaScript write 1 for 1.0
         for call in get_tool_calls(message)
         if call["type"] == "tool_call"
     ]
@@ -85,6 +85,11 @@ class Call:
     conversation: Conversation
     stop: list[str | int] | None
     answer: "Future[SampledSequence]" = field(default_factory=Future)
+    hung_up: bool = False  # the client, while the turn was sampled
+
+    def asks_as(self, other: "Call") -> bool:
+        mine, its = self.conversation, other.conversation
+        return mine.renderer is its.renderer and mine.prompt == its.prompt and self.stop == other.stop
 
 
 class Rollout:
@@ -100,6 +105,7 @@ class Rollout:
         self._lock = threading.Lock()  # of `conversations`
         self._prompts: dict[tuple[int, ...], Conversation] = {}
         self._waiting: set[Call] = set()
+        self._unheard: list[Call] = []  # answered when their clients had hung up
         self.key = secrets.token_urlsafe(24)
         self.endpoint = Endpoint(f"{_gateway().url}/v1", self.key)
         GATEWAY.rollouts[self.key] = self
@@ -126,7 +132,12 @@ class Rollout:
             raise _ended()
         for call in calls:
             self.loop.call_soon_threadsafe(self.calls.put_nowait, call)
-        return SampleResponse(await asyncio.gather(*(asyncio.wrap_future(call.answer) for call in calls)))
+        try:
+            return SampleResponse(await asyncio.gather(*(asyncio.wrap_future(call.answer) for call in calls)))
+        except asyncio.CancelledError:
+            for call in calls:
+                call.hung_up = not call.answer.cancel()
+            raise
 
     async def score(self, tokens: list[int], k: int) -> SampleResponse:
         raise Refusal("logprobs are not offered during a rollout", "logprobs")
@@ -136,7 +147,7 @@ class Rollout:
     def reply(self, call: Call, action: list[int], stop_reason: StopReason) -> None:
         """Sends the sampled tokens, and remembers the conversation they are in."""
         conversation = call.conversation
-        message, _ = conversation.renderer.parse_response(action)
+        message = with_call_ids(conversation.renderer.parse_response(action)[0], conversation.prompt)
         with self._lock:
             for earlier in self.conversations:
                 earlier.continued = earlier.continued or earlier.is_start_of(conversation.told, conversation.renderer)
@@ -144,14 +155,29 @@ class Rollout:
             conversation.told.append(_as_told(message, call.stop))
             conversation.action = action
             self.conversations.append(conversation)
+        if call.hung_up:
+            self._unheard.append(call)
+        self._send(call, SampledSequence(action, [0.0] * len(action), stop_reason))
+
+    def is_repetition(self, call: Call) -> bool:
+        """Whether the agent asks again for an answer that it did not get, as HTTP libraries do after a time-out; it
+        then gets that answer, and no second turn is sampled."""
+        for earlier in self._unheard:
+            if earlier.asks_as(call):
+                self._unheard.remove(earlier)
+                self._send(call, earlier.answer.result())
+                return True
+        return False
+
+    def _send(self, call: Call, sequence: SampledSequence) -> None:
         self._waiting.discard(call)
-        call.answer.set_result(SampledSequence(action, [0.0] * len(action), stop_reason))
+        call.answer.set_result(sequence)
 
     def close(self) -> None:
         """Later requests are refused, and those that wait."""
         GATEWAY.rollouts.pop(self.key, None)
         for call in list(self._waiting):
-            if not call.answer.done():
+            with suppress(InvalidStateError):  # answered, or its client hung up
                 call.answer.set_exception(_ended())
 
 

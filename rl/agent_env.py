@@ -16,6 +16,7 @@ from typing import Any
 from posttrain.backend.types import ModelInput, StopReason
 from posttrain.renderers.types import Message, Renderer
 from rl.agent_endpoint import Call, Endpoint, Rollout
+from rl.threads import in_own_thread
 from rl.types import (
     Action,
     Env,
@@ -29,6 +30,9 @@ from rl.types import (
 )
 
 STDERR_CHARS = 300  # of a crashed program, in the error
+MOST_OUTPUT = 2**24  # bytes of a program's standard output
+CHUNK, POLL_SECONDS = 2**16, 0.2
+CLOSING_SECONDS = 1.0  # for the last of the output after a program's end
 # A coroutine function, or a function that runs in a thread; its result goes to the reward.
 Agent = Callable[[Endpoint], Any]
 
@@ -59,24 +63,74 @@ class Program:
     stdin: str = ""
 
     async def __call__(self, endpoint: Endpoint) -> str:
-        around = {**os.environ, **endpoint.environment(), "NO_PROXY": "127.0.0.1"}
-        pipe = asyncio.subprocess.PIPE
+        pipe, around = asyncio.subprocess.PIPE, {**os.environ, **endpoint.environment(), **_without_proxy()}
+        question = self.stdin.encode()
         try:
             process = await asyncio.create_subprocess_exec(
                 *self.argv, stdin=pipe, stdout=pipe, stderr=pipe, env=around, start_new_session=True
             )
         except OSError as error:
             raise AgentCrashed(f"{self.argv[0]} cannot be started: {error}") from error
+        assert process.stdin and process.stdout and process.stderr
+        out, err = _Output(process.stdout), _Output(process.stderr, is_log=True)
+        streams = [asyncio.create_task(stream) for stream in (out.read(), err.read(), _feed(process.stdin, question))]
+        # some versions of Python then wait for the end of its output, too, which what it has started may keep open
+        ended = asyncio.create_task(process.wait())
         try:
-            out, err = await process.communicate(self.stdin.encode())
+            while process.returncode is None and not out.is_too_long:
+                await asyncio.wait({ended}, timeout=POLL_SECONDS)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # and what it has started
-            await process.wait()
+            while process.returncode is None:
+                await asyncio.wait({ended}, timeout=POLL_SECONDS)
+            await asyncio.wait(streams, timeout=CLOSING_SECONDS)
+            for task in (ended, *streams):
+                task.cancel()
+            process._transport.close()  # type: ignore[attr-defined]  # what has left the session keeps the pipes open
+        command = " ".join(self.argv)
+        if out.is_too_long:
+            raise AgentCrashed(
+                f"{command} printed more than {MOST_OUTPUT // 2**20} MiB: what it prints is the result; write logs to "
+                "standard error"
+            )
         if process.returncode:
-            last = err.decode(errors="replace").strip()[-STDERR_CHARS:]
-            raise AgentCrashed(f"{' '.join(self.argv)} ended with status {process.returncode}: {last}")
-        return out.decode(errors="replace")
+            last = err.text().strip()[-STDERR_CHARS:]
+            raise AgentCrashed(f"{command} ended with status {process.returncode}: {last}")
+        return out.text()
+
+
+class _Output:
+    """What a program writes: the first MOST_OUTPUT bytes, or of a log the last."""
+
+    def __init__(self, stream: asyncio.StreamReader, is_log: bool = False):
+        self._stream, self._is_log, self._written = stream, is_log, bytearray()
+        self.is_too_long = False
+
+    async def read(self) -> None:
+        while not self.is_too_long and (chunk := await self._stream.read(CHUNK)):
+            self._written += chunk
+            if self._is_log:
+                del self._written[: -4 * STDERR_CHARS]
+            self.is_too_long = len(self._written) > MOST_OUTPUT
+
+    def text(self) -> str:
+        return self._written.decode(errors="replace")
+
+
+async def _feed(stream: asyncio.StreamWriter, content: bytes) -> None:
+    with suppress(BrokenPipeError, ConnectionResetError):  # a program need not read
+        stream.write(content)
+        await stream.drain()
+        stream.close()
+
+
+def _without_proxy() -> dict[str, str]:
+    """The endpoint is reached without the machine's proxy, as are the hosts that the machine names. The name
+    in small letters is the first that programs look for."""
+    hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    hosts = ",".join([*([hosts] if hosts else []), "127.0.0.1"])
+    return {"no_proxy": hosts, "NO_PROXY": hosts}
 
 
 class AgentEnv(Env):
@@ -98,7 +152,7 @@ class AgentEnv(Env):
         try:
             if inspect.iscoroutinefunction(self.agent) or inspect.iscoroutinefunction(type(self.agent).__call__):
                 return await self.agent(endpoint)
-            return await asyncio.to_thread(self.agent, endpoint)
+            return await in_own_thread(self.agent, endpoint)
         except (Exception, SystemExit) as error:
             if isinstance(error, RolloutError):
                 raise
@@ -113,7 +167,9 @@ class AgentEnv(Env):
                 if self.task.done():
                     self.task.result()
                     return False
-                if (call := request.result()).answer.set_running_or_notify_cancel():  # else the agent hung up
+                call = request.result()
+                is_open = call.answer.set_running_or_notify_cancel()  # else the agent hung up
+                if is_open and not self.rollout.is_repetition(call):
                     self.call = call
                     return True
             finally:

@@ -15,6 +15,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from posttrain.backend.errors import ConfigError, CookbookError
 from posttrain.renderers.types import ToolCallPart, ToolSpec
+from rl.threads import in_own_thread
 from rl.types import RolloutError
 
 JSON_TYPES = {str: "string", int: "integer", float: "number", bool: "boolean", type(None): "null"}
@@ -51,7 +52,7 @@ class Tool:
         if inspect.iscoroutinefunction(self.function):
             value = await self.function(**arguments)
         else:
-            value = await asyncio.to_thread(self.function, **arguments)
+            value = await in_own_thread(self.function, **arguments)
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 

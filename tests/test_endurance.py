@@ -31,7 +31,7 @@ from posttrain.serve.store import Run, Store
 from posttrain.tracking import transcript_index
 from posttrain.tracking.jsonl import drop_torn_line, read_jsonl, read_last_records
 from posttrain.tracking.metrics_log import last_metrics, read_last_metrics, read_metrics
-from posttrain.tracking.open_files import MOST, allow_open_files
+from posttrain.tracking.open_files import MOST, allow_open_files, most_connections
 from posttrain.tracking.transcript_index import IndexEntry, update_index
 from preference.step_data import StepExamplesBuilder
 from rl.agent_endpoint import Call, Conversation, Rollout
@@ -208,6 +208,10 @@ def test_a_process_may_open_as_many_files_as_the_machine_lets_it() -> None:
     try:
         allow_open_files()
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, MOST), hard)
+        # a server's connections leave some for files where the machine lets it open few
+        for limit, connections in ((100, 50), (1024, 768)):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+            assert most_connections() == connections
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

@@ -461,3 +461,17 @@ def test_a_server_with_a_key_answers_in_openais_shape(models: Table) -> None:
         with pytest.raises(openai.AuthenticationError, match="wrong or missing API key") as caught:
             wrong.models.list()
         assert caught.value.type == "invalid_request_error"
+
+
+def test_a_request_that_the_servers_end_cuts_off_is_no_fault_of_it() -> None:
+    # Trap: programs show the kind of an error; this one was "invalid_request_error"
+    async def cut_off(scope: Any, receive: Any, send: Any) -> None:
+        raise asyncio.CancelledError
+
+    async def ask() -> httpx.Response:
+        transport = httpx.ASGITransport(Guard(cut_off))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.post("/v1/completions", json={})
+
+    response = asyncio.run(ask())
+    assert response.status_code == 503 and response.json()["error"]["type"] == "server_error"

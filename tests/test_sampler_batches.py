@@ -64,6 +64,31 @@ def test_a_batch_stays_within_pass_and_cache_and_gives_the_same_tokens(monkeypat
     assert max(rows for rows, _ in decodes) == 18  # two sequences of a prompt, which is read once
 
 
+# Trap: a server's client with a long conversation waits for ever while others send short prompts.
+@pytest.mark.parametrize("pads", [True, False])
+def test_a_long_prompt_is_answered_though_short_ones_keep_coming(pads: bool) -> None:
+    sampler = TorchSampler(new_model(TINY), character_tokenizer(LENGTH), LENGTH, BackendConfig(max_num_seqs=2), CPU)
+    sampler._pads = pads
+
+    def ask(length: int, n: int) -> SequenceRequest:
+        request = SequenceRequest([5] * length, SamplingParams(stop=[]), 1, seed=n)
+        sampler.add(request)
+        return request
+
+    long = [ask(100 + n % 2, n) for n in range(4)]
+    shorts = [ask(10, n) for n in range(4)]
+    answered: list[set[SequenceRequest]] = []
+    while long[-1] not in set().union(*answered):
+        answered.append({request for request, _ in sampler.step()})
+        shorts += [ask(10, len(shorts)) for _ in range(4)]
+        assert len(answered) < 3 * torch_sampler.MOST_WAITED
+    assert all(batch <= {*shorts} for batch in answered[: torch_sampler.MOST_WAITED])
+    # with one of about its length where they may share a batch, and of its length where not
+    assert answered[torch_sampler.MOST_WAITED] == ({long[0], long[2]})
+    # whoever came first is not forgotten afterwards either
+    assert shorts[0] in answered[0] and len(set().union(*answered)) == sum(map(len, answered))
+
+
 def test_the_plan_counts_what_a_batch_may_take() -> None:
     length = 2**16
     run = PlannedRun(TINY, BackendConfig(engine="torch"), None, CPU, length, samples=True)

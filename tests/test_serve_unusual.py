@@ -1,11 +1,13 @@
 """Unusual and hostile clients of the Tinker protocol's server: what they get wrong is theirs alone."""
 
+import logging
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 
 from posttrain.backend import extras
+from posttrain.serve.app import create_app
 from posttrain.serve.state import Limits, State
 from tests.test_serve import Http, app_test, base_sampler, loss, sample_of, until
 from tests.test_serve import service as service  # the fixture
@@ -182,6 +184,33 @@ async def test_targets_and_weights_of_other_shapes_are_the_clients_error(http: H
         sent = await http.send(pass_body(model_id, number + 1, [{**datum(), **fields}], forward_only=True))
         answer = (await http.result(sent)).json()
         assert text in answer["error"] and answer["category"] == "user"
+
+
+# Trap: a traceback in the log for each client that goes while it sends.
+@pytest.mark.parametrize("path", ["/api/v1/asample", "/api/v1/forward_backward", "/v1/chat/completions"])
+def test_a_client_that_goes_while_it_sends_is_no_fault(
+    path: str, caplog: pytest.LogCaptureFixture, request: Any
+) -> None:
+    @app_test
+    async def sends_half(http: Http, state: State) -> None:
+        media_type = b"application/x-protobuf" if path.endswith("backward") else b"application/json"
+        headers = [(b"host", b"localhost"), (b"content-type", media_type), (b"content-length", b"100")]
+        asked = {"path": path, "raw_path": path.encode(), "headers": headers, "method": "POST", "query_string": b""}
+        arriving = iter([{"type": "http.request", "body": b'{"a"', "more_body": True}, {"type": "http.disconnect"}])
+        answers: list[Any] = []
+
+        async def receive() -> Any:
+            return next(arriving)
+
+        async def send(message: Any) -> None:
+            answers.append(message)
+
+        scope = {"type": "http", "http_version": "1.1", "scheme": "http", "server": ("localhost", 80), **asked}
+        with caplog.at_level(logging.WARNING):
+            await create_app(state)(scope, receive, send)
+        assert [a["status"] for a in answers if "status" in a] == [499] and not caplog.records
+
+    sends_half(request.getfixturevalue("service"), request.getfixturevalue("tmp_path"))
 
 
 @pytest.mark.parametrize("name", ["weights", "A.b-c_1", "json"])

@@ -34,6 +34,7 @@ from posttrain.backend.types import SampledSequence, SamplingParams, StopReason
 CHECKED_LENGTHS = (2, 5)
 MOST_DECODING_GAP = {torch.float32: 1e-2, torch.bfloat16: 0.5}  # bf16 may send a token to another expert
 UNIFORMS = 16  # random numbers drawn per row at a time
+MOST_WAITED = 16  # steps that others may be preferred to a request
 MOST_STOPS = 64  # that are remembered, each with a mark for every token it has met
 
 
@@ -58,36 +59,47 @@ class TorchSampler:
         self._unmerged, self._shares = config.lora != "merged", config.lora == "shared"
         self._borrows = False  # the weights of passes
         self._adapters: list[RemovableHandle] = []
-        self._waiting: dict[SequenceRequest, None] = {}  # of thousands each may be dropped alone
+        self._steps = 0
+        # in the order of arrival, with the step before it; of thousands each may be dropped alone
+        self._waiting: dict[SequenceRequest, int] = {}
         self._known_stop = lru_cache(MOST_STOPS)(partial(_Stop, tokenizer=tokenizer))
         self._check_head()
         self._pads = self._check_decoding()  # prompts of different lengths share a batch
 
     def add(self, request: SequenceRequest) -> None:
-        self._waiting[request] = None
+        self._waiting[request] = self._steps
 
     @computing()
     @torch.inference_mode()
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
         """Decodes a batch of waiting requests to the end."""
-        # prompts of similar length waste less padding
-        requests = self._batch(sorted(self._waiting, key=lambda request: len(request.prompt)))
+        requests = self._batch(self._in_order())
+        self._steps += 1
         self.drop(requests)
         return self._decode(requests) if requests else []
+
+    def _in_order(self) -> list[SequenceRequest]:
+        """Prompts of similar length waste less padding: the shortest first. Where short ones keep coming, as in a
+        server, the oldest has waited for long enough at some time, and goes first, with those of its length."""
+        oldest, since = next(iter(self._waiting.items()), (None, self._steps))
+        if oldest is None or self._steps - since < MOST_WAITED:
+            return sorted(self._waiting, key=lambda request: len(request.prompt))
+        length = len(oldest.prompt)
+        return sorted(self._waiting, key=lambda request: (request is not oldest, abs(len(request.prompt) - length)))
 
     def _batch(self, waiting: list[SequenceRequest]) -> list[SequenceRequest]:
         """The first, within max_num_seqs and the bytes of a pass and of the cache; one at least."""
         batch: list[SequenceRequest] = []
-        prompts, answer = set[tuple[int, ...]](), 0
+        prompts, width, answer = set[tuple[int, ...]](), 0, 0
         for request in waiting[: self._max_num_seqs]:
-            width, answer = len(request.prompt), max(answer, request.max_tokens)
+            width, answer = max(width, len(request.prompt)), max(answer, request.max_tokens)
             prompts.add(tuple(request.prompt))
             one = self._states + (width + answer) * self._per_token
             full = (
                 prompt_bytes(self._size, len(prompts), width, self._dtype.itemsize) > PROMPT_BYTES
                 or (len(batch) + 1) * one > self._cache_bytes
             )
-            if batch and (full or not self._pads and width != len(batch[0].prompt)):
+            if batch and (full or not self._pads and len(request.prompt) != len(batch[0].prompt)):
                 break
             batch.append(request)
         return batch

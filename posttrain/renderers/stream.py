@@ -107,6 +107,11 @@ class PartsReader:
         return f"call{self.calls:05d}"  # Mistral's template wants nine letters or digits
 
 
+def is_counted(call_id: str) -> bool:
+    """Whether an id is the number of a call in its message, since the model wrote none."""
+    return len(call_id) == 9 and call_id.startswith("call") and call_id[4:].isdecimal()
+
+
 def _text(text: str) -> TextPart:
     return {"type": "text", "text": text}
 

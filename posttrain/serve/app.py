@@ -12,6 +12,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
@@ -74,6 +75,8 @@ def create_app(state: State, host: str = "127.0.0.1", api_key: str | None = None
 async def _guarded(state: State, handler: Handler, request: HttpRequest) -> Response:
     try:
         return await handler(state, request)
+    except ClientDisconnect:  # while its body arrived
+        status, text = 499, "the client hung up"
     except (UnknownError, UnknownPathError) as error:
         status, text = 404, str(error)
     except BusyError as error:

@@ -17,7 +17,7 @@ from posttrain.backend.ranges import POSITIVE, SEED, Range
 from posttrain.tracking.command_line import parse
 from posttrain.tracking.frozen_heap import startup_objects_frozen
 from posttrain.tracking.one_line_errors import one_line_errors
-from posttrain.tracking.open_files import allow_open_files
+from posttrain.tracking.open_files import allow_open_files, most_connections
 from posttrain.tracking.run_lock import lock_folder
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -110,6 +110,7 @@ def serve(config: ServeConfig) -> None:
         access_log=False,
         timeout_graceful_shutdown=2,  # long polls are open
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        limit_concurrency=most_connections(),  # beyond it 503, which clients repeat
         # the SDK parses each header of each answer in Python
         server_header=False,
         date_header=False,

@@ -10,6 +10,8 @@ from typing import Any
 from starlette.responses import JSONResponse
 from starlette.types import Message, Receive, Scope, Send
 
+from posttrain.serve.openai_api import error_response
+
 MOST_BODY_BYTES = 64 * 2**20
 MEDIA_TYPES = ("application/json", "application/x-protobuf", "application/octet-stream")
 OPEN_PATHS = ("/api/v1/healthz", "/api/v1/external/")  # the latter's addresses are secrets themselves
@@ -93,8 +95,8 @@ def _is_address(host: str) -> bool:
 
 
 async def _answer(status: int, detail: str, scope: Scope, receive: Receive, send: Send) -> None:
-    content: dict[str, Any] = {"detail": detail}
-    if scope["path"].startswith("/v1/"):  # OpenAI's shape
-        content = {"error": {"message": detail, "type": "invalid_request_error", "param": None, "code": None}}
-    headers = {"connection": "close"} if status == 413 else None  # the body is not read
-    await JSONResponse(content, status, headers)(scope, receive, send)
+    is_openai = scope["path"].startswith("/v1/")
+    response = error_response(status, detail) if is_openai else JSONResponse({"detail": detail}, status)
+    if status == 413:  # the body is not read
+        response.headers["connection"] = "close"
+    await response(scope, receive, send)

@@ -3,8 +3,12 @@ become choices, whole or in the chunks of a stream. Logprobs are the model's own
 """
 
 import asyncio
+import base64
+import hashlib
+import json
 import time
 import uuid
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -14,9 +18,9 @@ from posttrain.backend.errors import ContextLengthError
 from posttrain.backend.types import SampledSequence, SampleResponse, SamplingParams
 from posttrain.renderers import ResponseStream, to_openai
 from posttrain.renderers.parts import openai_call
-from posttrain.renderers.stream import TokenText, held_back
+from posttrain.renderers.stream import TokenText, held_back, is_counted
 from posttrain.renderers.turns import decode, token_text
-from posttrain.renderers.types import Message, Part, Renderer
+from posttrain.renderers.types import Message, Part, Renderer, ToolCallPart
 from posttrain.serve.openai_requests import Options
 
 OnTokens = Callable[[int, list[int]], object]
@@ -175,7 +179,7 @@ class ChatAnswer(Answer):
 
     async def choice(self, index: int, sequence: SampledSequence) -> dict[str, Any]:
         message, _ = self.renderer.parse_response(sequence.tokens)
-        fields = answered(message, self.options.stop) | {"refusal": None}
+        fields = answered(with_call_ids(message, self.prompts[0]), self.options.stop) | {"refusal": None}
         fields["content"] = fields["content"] or ("" if "tool_calls" not in fields else None)
         logprobs = await self._logprobs(self.prompts[0], [], sequence)
         finish = "tool_calls" if "tool_calls" in fields else sequence.stop_reason
@@ -197,6 +201,26 @@ class ChatAnswer(Answer):
 
     def feed(self) -> "ChatFeed":
         return ChatFeed(self)
+
+
+def with_call_ids(message: Message, prompt: Sequence[int]) -> Message:
+    """A message sampled after `prompt`, its calls with ids that no other turn's have: programs refuse one that they
+    have met. The same prompt and call have the same id; one that the model wrote stays."""
+    if "parts" in message:
+        message = message.copy()
+        message["parts"] = [
+            _with_id(part, prompt) if part["type"] == "tool_call" else part for part in message["parts"]
+        ]
+    return message
+
+
+def _with_id(call: ToolCallPart, prompt: Sequence[int]) -> ToolCallPart:
+    if is_counted(call["id"]):
+        what = json.dumps([call["id"], call["name"], call["arguments"]], sort_keys=True).encode()
+        digest = hashlib.sha256(array("q", prompt).tobytes() + what).digest()
+        call = call.copy()
+        call["id"] = base64.b32encode(digest)[:9].decode().lower()  # as long as a counted one
+    return call
 
 
 def answered(message: Message, stops: Sequence[str]) -> dict[str, Any]:
@@ -245,6 +269,7 @@ class ChatFeed:
 
     def __init__(self, answer: ChatAnswer):
         self.stream, self.stops = ResponseStream(answer.renderer), answer.options.stop
+        self.prompt = answer.prompts[0]
         self.fed = self.calls = 0
         self.field, self.waiting, self.is_cut = "content", "", False
         self.has_text, self.unread = False, list[str]()
@@ -271,7 +296,7 @@ class ChatFeed:
         if part["type"] == "unparsed_tool_call":
             self.unread.append(part["text"])
             return []
-        call = {"index": self.calls} | openai_call(part)
+        call = {"index": self.calls} | openai_call(_with_id(part, self.prompt))
         self.calls += 1
         return [*self._rest(), self._with_role({"tool_calls": [call]})]
 

@@ -14,7 +14,7 @@ from typing import Any, Protocol, TypeVar
 
 from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -133,7 +133,7 @@ class AtOnce:
 
 def error_response(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
     """An error in OpenAI's shape."""
-    kind = "server_error" if status >= 500 else "authentication_error" if status == 401 else "invalid_request_error"
+    kind = "server_error" if status >= 500 else "invalid_request_error"
     return JSONResponse({"error": {"message": message, "type": kind, "param": param, "code": code}}, status)
 
 
@@ -166,6 +166,8 @@ def _guarded(handler: Callable[[Request], Awaitable[Response]]) -> Callable[[Req
     async def guarded(request: Request) -> Response:
         try:
             return await handler(request)
+        except ClientDisconnect:  # while its body arrived
+            return _refused(Refusal("the client hung up", status=499))
         except Exception as error:
             return _refused(error)
 

@@ -6,6 +6,7 @@ import resource
 from contextlib import suppress
 
 MOST = 1 << 16
+FOR_FILES = 256
 
 
 def allow_open_files() -> None:
@@ -15,3 +16,10 @@ def allow_open_files() -> None:
     if soft != resource.RLIM_INFINITY and soft < most:
         with suppress(ValueError, OSError):  # macOS names no limit, and has one
             resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+def most_connections() -> int:
+    """What a server may have open, so that files can still be opened."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST if soft == resource.RLIM_INFINITY else soft
+    return most - min(FOR_FILES, most // 2)

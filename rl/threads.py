@@ -1,0 +1,31 @@
+"""Functions that are no coroutines, such as tools and agents, beside the event loop."""
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+async def in_own_thread(function: Callable[..., T], *arguments: Any, **keywords: Any) -> T:
+    """As asyncio.to_thread, which has few threads for all: a function that never returns takes none of
+    them from others, and the program ends without it."""
+    loop, ended = asyncio.get_running_loop(), asyncio.Event()
+    outcome: Future[T] = Future()
+    context = contextvars.copy_context()
+
+    def work() -> None:
+        try:
+            outcome.set_result(context.run(function, *arguments, **keywords))
+        except BaseException as error:
+            outcome.set_exception(error)
+        with suppress(RuntimeError):  # the loop was closed meanwhile
+            loop.call_soon_threadsafe(ended.set)
+
+    threading.Thread(target=work, name=f"calls {getattr(function, '__name__', 'a function')}", daemon=True).start()
+    await ended.wait()
+    return outcome.result()
