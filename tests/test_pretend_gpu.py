@@ -221,6 +221,9 @@ def test_numbers_of_two_devices_do_not_meet(gpu: None) -> None:
         on_gpu.numpy()
     with pytest.raises(RuntimeError, match="'cuda' device type for generator"):
         torch.rand(2, device=GPU, generator=torch.Generator())
+    with pytest.raises(RuntimeError, match="that Python may free"):
+        on_cpu.to(GPU, non_blocking=True)
+    assert on_cpu.pin_memory().to(GPU, non_blocking=True).device == GPU
     with torch.autocast("cuda", torch.bfloat16):
         product = torch.nn.functional.linear(on_gpu, on_gpu)
     assert product.dtype == torch.bfloat16 and product.device == GPU and product.cpu().device.type == "cpu"
