@@ -306,7 +306,7 @@ def _by_device_and_dtype(lists: Sequence[Sequence[torch.Tensor]], with_indices: 
 def pretend_gpu() -> Iterator[None]:
     """torch has a GPU, in this thread and in those that it starts."""
     run = threading.Thread.run
-    properties = SimpleNamespace(total_memory=139 * GIB, major=9, minor=0, multi_processor_count=132)
+    properties = SimpleNamespace(total_memory=139 * GIB, major=9, minor=0, multi_processor_count=132, is_integrated=0)
     stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
     answers: dict[str, Any] = {
         "is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "NVIDIA H200",
