@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 import posttrain.backend.config
 import tests.pretend_gpu
-from posttrain.backend import device_lock
+from posttrain.backend import attention, device_lock
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.trainer import Trainer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from tests.conftest import random_tokens, trainer_of
@@ -180,6 +181,22 @@ def test_the_passes_are_those_of_a_cpu_up_to_rounding(gpu: None, tmp_path: Path)
             found.append(logprobs(service.create_training_client("micro"), data))
     assert all(0 < np.abs(p - found[0]).mean() < GAP for p in found[1:4])
     np.testing.assert_allclose(found[4], found[0], atol=1e-4)
+
+
+@pytest.mark.parametrize(("kernel", "left"), [("_of_sequences", "flex"), ("_flex", "varlen")])
+def test_rows_are_packed_with_the_kernel_that_has_the_heads(
+    kernel: str, left: str, gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Flash attention has heads of up to 256, and FlexAttention's blocks may not fit a smaller GPU."""
+
+    def refuses(*_: Any) -> Any:
+        raise RuntimeError("no such heads")
+
+    monkeypatch.setattr(attention, kernel, refuses)
+    trainer = Trainer("micro", BackendConfig())
+    assert f"rows are packed with backend.attention={left}: RuntimeError: no such heads" in capsys.readouterr().out
+    assert (trainer.packs, trainer.shares_prefixes, trainer.whole_sequences) == (True, left == "flex", left == "varlen")
+    trainer.run(policy_data(), "importance_sampling")
 
 
 # Trap: while vLLM records its graphs, an allocation or a copy of another thread breaks the recording, or fails.

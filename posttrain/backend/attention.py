@@ -201,13 +201,19 @@ def set_packing(model: PreTrainedModel, on: bool) -> None:
 
 
 def kernel_gap(
-    config: PretrainedConfig, windows: Windows, device: torch.device, dtype: torch.dtype, whole: bool
+    config: PretrainedConfig,
+    windows: Windows,
+    device: torch.device,
+    dtype: torch.dtype,
+    whole: bool,
+    trees: bool = True,
 ) -> float:
     """Largest relative difference of the packed kernels' outputs and gradients from a dense
-    computation in fp32, of a model's heads, softcap and windows. `whole`: of flash attention, too."""
+    computation in fp32, of a model's heads, softcap and windows. `whole`: of flash attention, too.
+    Without `trees` no prefix is shared."""
     softcap = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     shapes = set(heads_of_layers(config))
-    return max(_gap_of_heads(shape, softcap, {*windows.values()}, device, dtype, whole) for shape in shapes)
+    return max(_gap_of_heads(shape, softcap, {*windows.values()}, device, dtype, whole, trees) for shape in shapes)
 
 
 def _gap_of_heads(
@@ -217,6 +223,7 @@ def _gap_of_heads(
     device: torch.device,
     dtype: torch.dtype,
     whole: bool,
+    trees: bool,
 ) -> float:
     heads, key_heads, dim = shape
     generator = torch.Generator().manual_seed(0)
@@ -228,7 +235,7 @@ def _gap_of_heads(
     ]
     starts = [sum(lengths[:n]) for n in range(len(lengths) + 1)]
     gaps = []
-    for tree in (True, False):
+    for tree in {trees, False}:
         ends = [columns if tree and n == 0 else end for n, end in enumerate(starts[1:])]
         first = [lengths[0] if tree and n else 0 for n in range(len(lengths))]
         ends_BT = torch.tensor([[end for end, length in zip(ends, lengths, strict=True) for _ in range(length)]])
