@@ -183,18 +183,35 @@ def test_the_passes_are_those_of_a_cpu_up_to_rounding(gpu: None, tmp_path: Path)
     np.testing.assert_allclose(found[4], found[0], atol=1e-4)
 
 
-@pytest.mark.parametrize(("kernel", "left"), [("_of_sequences", "flex"), ("_flex", "varlen")])
+def refuses(*_: Any) -> Any:
+    raise RuntimeError("no such heads")
+
+
+def not_a_number(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.nan * (query + key.mean() + value.mean()).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "replaced", "left", "reason"),
+    [
+        ("_of_sequences", refuses, "flex", "RuntimeError: no such heads"),
+        ("_of_sequences", not_a_number, "flex", "the kernel's results differ by nan"),
+        ("_flex", refuses, "varlen", "RuntimeError: no such heads"),
+    ],
+)
 def test_rows_are_packed_with_the_kernel_that_has_the_heads(
-    kernel: str, left: str, gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    kernel: str,
+    replaced: Any,
+    left: str,
+    reason: str,
+    gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Flash attention has heads of up to 256, and FlexAttention's blocks may not fit a smaller GPU."""
-
-    def refuses(*_: Any) -> Any:
-        raise RuntimeError("no such heads")
-
-    monkeypatch.setattr(attention, kernel, refuses)
+    monkeypatch.setattr(attention, kernel, replaced)
     trainer = Trainer("micro", BackendConfig())
-    assert f"rows are packed with backend.attention={left}: RuntimeError: no such heads" in capsys.readouterr().out
+    assert f"rows are packed with backend.attention={left}: {reason}" in capsys.readouterr().out
     assert (trainer.packs, trainer.shares_prefixes, trainer.whole_sequences) == (True, left == "flex", left == "varlen")
     trainer.run(policy_data(), "importance_sampling")
 
