@@ -81,8 +81,8 @@ class FixedLengthEnv(ProblemEnv):
         )  # nothing stopped it, so it may hold many EOS
 
 
-def fixed_groups(size: Size, renderer: Any) -> list[ProblemGroupBuilder]:
-    rng = np.random.default_rng(0)
+def fixed_groups(size: Size, renderer: Any, seed: int = 0) -> list[ProblemGroupBuilder]:
+    rng = np.random.default_rng(seed)
     prompts = rng.integers(FIRST_BYTE, 260, (size.num_prompts, size.prompt_tokens)).tolist()
     return [ProblemGroupBuilder(partial(FixedLengthEnv, prompt, renderer), size.group_size) for prompt in prompts]
 

@@ -205,6 +205,8 @@ class _Autocast(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.Tensor.to and any(isinstance(x, OnGpu) for x in args):
             return _to(*args, **(kwargs or {}))
+        if func is torch.Tensor.to and (kwargs or {}).get("non_blocking") and not hasattr(args[0], "pinned"):
+            raise RuntimeError("a copy that nobody waits for, of memory that Python may free before it")
         if func is F.scaled_dot_product_attention:
             kwargs = _with_mask(*args, **(kwargs or {}))
             args = args[:3]
@@ -224,6 +226,12 @@ def _with_mask(query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
     return x.to(dtype) if isinstance(x, OnGpu) and x.dtype in (torch.bfloat16, torch.float32) else x
+
+
+def _pinned(tensor: torch.Tensor) -> torch.Tensor:
+    copied: Any = tensor.clone()
+    copied.pinned = True
+    return copied
 
 
 def _apply(self: nn.Module, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
@@ -298,7 +306,7 @@ def _by_device_and_dtype(lists: Sequence[Sequence[torch.Tensor]], with_indices: 
 def pretend_gpu() -> Iterator[None]:
     """torch has a GPU, in this thread and in those that it starts."""
     run = threading.Thread.run
-    properties = SimpleNamespace(total_memory=139 * GIB, major=9, minor=0, multi_processor_count=132)
+    properties = SimpleNamespace(total_memory=139 * GIB, major=9, minor=0, multi_processor_count=132, is_integrated=0)
     stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
     answers: dict[str, Any] = {
         "is_available": True, "device_count": 1, "current_device": 0, "get_device_name": "NVIDIA H200",
@@ -325,7 +333,7 @@ def pretend_gpu() -> Iterator[None]:
         stack.enter_context(patch("torch._C._group_tensors_by_device_and_dtype", _by_device_and_dtype))
         stack.enter_context(patch.object(nn.Module, "_apply", _apply))
         stack.enter_context(patch.object(nn.Module, "compile", lambda *_, **__: None))
-        stack.enter_context(patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor.clone()))
+        stack.enter_context(patch.object(torch.Tensor, "pin_memory", _pinned))
         # inside which Python runs again, that of checkpointed layers: the modes below are to see it
         stack.enter_context(patch("torch.autograd.has_torch_function", lambda *_: False))
         stack.enter_context(patch.object(torch.Tensor, "backward", torch.autograd.backward))

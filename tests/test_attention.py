@@ -6,6 +6,7 @@ benchmarks/gpu/attention.py and trainer.py compare there.
 
 # Trap: a window, softcap, scale or sink that a faster kernel leaves out.
 
+import math
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -258,7 +259,12 @@ def fails(*_: object) -> float:
 
 
 @pytest.mark.parametrize(
-    ("kernel", "reason"), [(fails, "RuntimeError: no triton here"), (lambda *_: 0.5, "differ by 0.5")]
+    ("kernel", "reason"),
+    [
+        (fails, "RuntimeError: no triton here"),
+        (lambda *_: 0.5, "differ by 0.5"),
+        (lambda *_: math.nan, "differ by nan"),
+    ],
 )
 def test_a_kernel_that_fails_or_is_wrong_is_left_out_with_one_line(
     kernel: Any, reason: str, tiny_trainer: Trainer, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import benchmarks.report
-from posttrain.backend import memory_plan
+from posttrain.backend import memory
 from posttrain.backend.alarms import LIMITS, START_TOKENS
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
 from posttrain.backend.errors import ConfigError
@@ -45,6 +45,11 @@ def test_memory_that_torch_keeps_is_free_and_is_given_back_for_a_waking_engine(m
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 20 * GIB)
     cuda = torch.device("cuda")
     assert free_bytes(cuda) == 100 * GIB
+    with monkeypatch.context() as patched:  # Trap: of the memory it has with the CPU, CUDA takes cached files for used
+        patched.setattr(torch.cuda, "is_available", lambda: True)
+        patched.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(is_integrated=1))
+        patched.setattr(memory, "free_on_cpu", lambda: 30 * GIB)
+        assert free_bytes(cuda) == 120 * GIB
     assert kv_cache_bytes(model_config("tiny"), 2**17, BackendConfig(max_num_seqs=2**16), cuda) == int(40 * GIB)
     events: list[str] = []
     engine: Any = object.__new__(VllmEngine)
@@ -92,7 +97,7 @@ def test_apples_gpu_is_taken_on_request(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_a_machine_without_proc_has_half_of_its_memory_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_plan, "_read", lambda file: "")
+    monkeypatch.setattr(memory, "_read", lambda file: "")
     assert GIB // 4 < free_bytes(torch.device("cpu")) < 2**44
 
 

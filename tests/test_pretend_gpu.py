@@ -16,10 +16,11 @@ from torch.utils._pytree import tree_leaves
 
 import posttrain.backend.config
 import tests.pretend_gpu
-from posttrain.backend import device_lock
+from posttrain.backend import attention, device_lock
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.trainer import Trainer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from tests.conftest import random_tokens, trainer_of
@@ -182,6 +183,39 @@ def test_the_passes_are_those_of_a_cpu_up_to_rounding(gpu: None, tmp_path: Path)
     np.testing.assert_allclose(found[4], found[0], atol=1e-4)
 
 
+def refuses(*_: Any) -> Any:
+    raise RuntimeError("no such heads")
+
+
+def not_a_number(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.nan * (query + key.mean() + value.mean()).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "replaced", "left", "reason"),
+    [
+        ("_of_sequences", refuses, "flex", "RuntimeError: no such heads"),
+        ("_of_sequences", not_a_number, "flex", "the kernel's results differ by nan"),
+        ("_flex", refuses, "varlen", "RuntimeError: no such heads"),
+    ],
+)
+def test_rows_are_packed_with_the_kernel_that_has_the_heads(
+    kernel: str,
+    replaced: Any,
+    left: str,
+    reason: str,
+    gpu: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Flash attention has heads of up to 256, and FlexAttention's blocks may not fit a smaller GPU."""
+    monkeypatch.setattr(attention, kernel, replaced)
+    trainer = Trainer("micro", BackendConfig())
+    assert f"rows are packed with backend.attention={left}: {reason}" in capsys.readouterr().out
+    assert (trainer.packs, trainer.shares_prefixes, trainer.whole_sequences) == (True, left == "flex", left == "varlen")
+    trainer.run(policy_data(), "importance_sampling")
+
+
 # Trap: while vLLM records its graphs, an allocation or a copy of another thread breaks the recording, or fails.
 @pytest.mark.parametrize(("settings", "lora"), [({"share_engines": True}, None), ({"lora": "shared"}, LORA)])
 def test_nothing_computes_while_an_engine_may_open(
@@ -221,6 +255,9 @@ def test_numbers_of_two_devices_do_not_meet(gpu: None) -> None:
         on_gpu.numpy()
     with pytest.raises(RuntimeError, match="'cuda' device type for generator"):
         torch.rand(2, device=GPU, generator=torch.Generator())
+    with pytest.raises(RuntimeError, match="that Python may free"):
+        on_cpu.to(GPU, non_blocking=True)
+    assert on_cpu.pin_memory().to(GPU, non_blocking=True).device == GPU
     with torch.autocast("cuda", torch.bfloat16):
         product = torch.nn.functional.linear(on_gpu, on_gpu)
     assert product.dtype == torch.bfloat16 and product.device == GPU and product.cpu().device.type == "cpu"

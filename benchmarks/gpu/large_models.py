@@ -97,7 +97,7 @@ def trained_alone(
     with preset(name, config):
         trainer = Trainer(name, backend, lora=lora)
     data = random_data(rows, length, trainer.vocabulary)
-    found = speed(lambda: train_step(trainer, data), rows * length, 2)
+    found = speed(lambda: train_step(trainer, data), rows * length, 3)
     return found | {"GiB of the card": peak_gib()}
 
 
@@ -123,7 +123,7 @@ def lora_beside_an_engine(
             client.forward_backward(data, "cross_entropy")
             client.optim_step(AdamParams(1e-5)).result()
 
-        found, syncs = speed(step, rows * length, 2), []
+        found, syncs = speed(step, rows * length, 3), []
         for _ in range(3):
             step()
             start = time.perf_counter()

@@ -58,16 +58,14 @@ BUSY_SECONDS, SHORT_INTERVAL = 20.0, 3e-4
 Round = dict[str, Any]
 
 
-class Prompts:
-    """New ones for each round, so that no round finds another's prefixes in the cache; each of them
-    GROUP_SIZE times.
-    """
+def new_seed() -> int:
+    """Of a round's prompts: no round finds another's prefixes in the cache."""
+    return time.time_ns() % 2**32
 
-    def __init__(self) -> None:
-        self._rng = np.random.default_rng(int(time.time_ns()) % 2**32)
 
-    def __call__(self, rows: int) -> list[list[int]]:
-        return self._rng.integers(FIRST, VOCABULARY, (rows // GROUP_SIZE, PROMPT)).tolist()
+def new_prompts(rows: int) -> list[list[int]]:
+    """Each is sampled from GROUP_SIZE times."""
+    return np.random.default_rng(new_seed()).integers(FIRST, VOCABULARY, (rows // GROUP_SIZE, PROMPT)).tolist()
 
 
 def timed(run: Callable[[], int]) -> Round:
@@ -93,7 +91,7 @@ def llm_args(name: str, hf_config: PretrainedConfig) -> dict[str, Any]:
     return args | ({"max_num_seqs": ROWS // 2, "max_num_batched_tokens": 8192} if name == "plain" else {})
 
 
-def open_llm(name: str) -> Callable[[str, int], Round]:
+def open_llm(name: str) -> Callable[..., Round]:
     _set_environment(training_device(), reproducible=False)
     from vllm import LLM
     from vllm import SamplingParams as VllmParams
@@ -105,13 +103,12 @@ def open_llm(name: str) -> Callable[[str, int], Round]:
         config.save_pretrained(folder)
         load_tokenizer(MODEL, MAX_LENGTH).save_pretrained(folder)
         llm = LLM(model=folder, **llm_args(name, config))
-    prompts = Prompts()
 
-    def sample(mode: str, rows: int) -> Round:
+    def sample(mode: str, rows: int, new: int = NEW) -> Round:
         logprobs = 0 if mode == "logprobs" else None
         flat = name == "raw"
-        params = VllmParams(max_tokens=NEW, ignore_eos=True, detokenize=False, logprobs=logprobs, flat_logprobs=flat)
-        asked = [{"prompt_token_ids": prompt} for prompt in prompts(rows) for _ in range(GROUP_SIZE)]
+        params = VllmParams(max_tokens=new, ignore_eos=True, detokenize=False, logprobs=logprobs, flat_logprobs=flat)
+        asked = [{"prompt_token_ids": prompt} for prompt in new_prompts(rows) for _ in range(GROUP_SIZE)]
         return timed(lambda: sum(len(o.outputs[0].token_ids) for o in llm.generate(asked, params, use_tqdm=False)))  # type: ignore[arg-type]
 
     return sample
@@ -120,7 +117,7 @@ def open_llm(name: str) -> Callable[[str, int], Round]:
 # --- our engine ---------------------------------------------------------------------------------
 
 
-def open_ours(name: str, stack: ExitStack) -> Callable[[str, int], Round]:
+def open_ours(name: str, stack: ExitStack) -> Callable[..., Round]:
     if "v2" in name:
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "1"
     if name.startswith("replicas"):
@@ -129,13 +126,12 @@ def open_ours(name: str, stack: ExitStack) -> Callable[[str, int], Round]:
         client = trainer.save_weights_and_get_sampling_client()
     else:
         client = stack.enter_context(ServiceClient(CONFIG)).create_sampling_client(base_model=MODEL)
-    prompts = Prompts()
 
-    def sample(mode: str, rows: int) -> Round:
+    def sample(mode: str, rows: int, new: int = NEW) -> Round:
         if mode == "rollouts":
-            return rollouts(client, rows)
+            return rollouts(client, rows, new)
         found: Round = {}
-        asked = prompts(rows)
+        asked = new_prompts(rows)
         with (
             busy_thread(found, mode)
             if "busy" in mode
@@ -143,7 +139,7 @@ def open_ours(name: str, stack: ExitStack) -> Callable[[str, int], Round]:
             if mode == "profile"
             else ExitStack()
         ):
-            found |= timed(lambda: sampled_tokens(client, asked))
+            found |= timed(lambda: sampled_tokens(client, asked, new))
         return found
 
     return sample
@@ -159,16 +155,16 @@ def beside_the_trainer(replicas: int) -> BackendConfig:
     )
 
 
-def sampled_tokens(client: SamplingClient, prompts: list[list[int]]) -> int:
-    params = SamplingParams(max_tokens=NEW, stop=[])
+def sampled_tokens(client: SamplingClient, prompts: list[list[int]], new: int) -> int:
+    params = SamplingParams(max_tokens=new, stop=[])
     futures = [client.sample(ModelInput.from_ints(prompt), GROUP_SIZE, params) for prompt in prompts]
     return sum(len(sequence.tokens) for future in futures for sequence in future.result().sequences)
 
 
-def rollouts(client: SamplingClient, rows: int) -> Round:
-    size = Size(MODEL, rows // GROUP_SIZE, GROUP_SIZE, PROMPT, NEW, CONFIG)
-    groups = fixed_groups(size, get_renderer("plain", client.get_tokenizer()))
-    start, tokens = time.monotonic(), rows * NEW
+def rollouts(client: SamplingClient, rows: int, new: int) -> Round:
+    size = Size(MODEL, rows // GROUP_SIZE, GROUP_SIZE, PROMPT, new, CONFIG)
+    groups = fixed_groups(size, get_renderer("plain", client.get_tokenizer()), new_seed())
+    start, tokens = time.monotonic(), rows * new
     return {"tokens": tokens, "from": start, "to": start + tokens / our_rollouts(client, groups, size)}
 
 
@@ -261,8 +257,8 @@ def main() -> None:
         start = time.monotonic()
         sample = open_ours(name, stack) if name.startswith(("ours", "replicas")) else open_llm(name)
         started = time.monotonic() - start
-        # of all modes, what the first call compiles
-        sample("logprobs", ROWS // 2 if name == "plain" else ROWS)
+        # what the first call of any mode compiles, imports and allocates
+        sample("rollouts" if name == "ours" else "logprobs", ROWS // 2 if name == "plain" else ROWS, NEW // 4)
         say({"start": started})
         for line in sys.stdin:
             request = json.loads(line)

@@ -95,6 +95,13 @@ class _Row:
     length: int
 
 
+def on_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A GPU copies it when it gets there; nothing waits. From pinned memory, which torch keeps until then: a GPU that
+    reads the memory of the CPU itself (DGX Spark) may read an array that Python has freed."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def micro_batches(
     data_D: Sequence[Datum],
     chosen: Sequence[int],
@@ -232,9 +239,6 @@ def _collate(
     targets = np.concatenate([data_D[d].loss_fn_inputs["target_tokens"].array for d in members])
     temperatures = _temperatures([data_D[d] for d in members])
 
-    def tensor(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(array).to(device, non_blocking=device.type == "cuda")
-
     def positions(index_N: np.ndarray, once: bool = False) -> Positions:
         index_M, computed_N = index_N, None
         if once and len(index_N):
@@ -244,24 +248,24 @@ def _collate(
             index_M = index_N[first_M]
         targets_M = targets[index_M]
         return Positions(
-            rows_M=tensor(place[index_M]),
+            rows_M=on_device(place[index_M], device),
             datum_N=datum[index_N],
             position_N=position[index_N],
-            targets_MK=tensor(targets_M if targets_M.ndim == 2 else targets_M[:, None]),
-            temperature_M=None if temperatures is None else tensor(temperatures[index_M]),
-            computed_N=None if computed_N is None else tensor(computed_N),
+            targets_MK=on_device(targets_M if targets_M.ndim == 2 else targets_M[:, None], device),
+            temperature_M=None if temperatures is None else on_device(temperatures[index_M], device),
+            computed_N=None if computed_N is None else on_device(computed_N, device),
         )
 
     if starts_N[-1] < width:  # the padding, as a sequence of its own
         starts_N = np.append(starts_N, width)
     whole = packed and not shares
     return MicroBatch(
-        tokens_BT=tensor(tokens_BT),
+        tokens_BT=on_device(tokens_BT, device),
         loss=positions(np.flatnonzero(carries_N)),
         others=positions(np.flatnonzero(~carries_N & others), once=shares),
-        positions_BT=tensor(positions_BT) if shares or packed else None,
-        ends_BT=tensor(ends_BT) if shares or packed else None,
-        starts_N=tensor(starts_N.astype(np.int32)) if whole else None,
+        positions_BT=on_device(positions_BT, device) if shares or packed else None,
+        ends_BT=on_device(ends_BT, device) if shares or packed else None,
+        starts_N=on_device(starts_N.astype(np.int32), device) if whole else None,
         longest=int(np.diff(starts_N).max()) if whole else 0,
     )
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from posttrain.backend.batching import MicroBatch, Positions
+from posttrain.backend.batching import MicroBatch, Positions, on_device
 from posttrain.backend.config import in_float64
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.losses import Loss, LossFn
@@ -73,13 +73,10 @@ class RunningTerm:
         if not len(row_N):
             return None
         device = p_NK.device
-        p = self._keep(place_N, p_NK[torch.from_numpy(row_N).to(device)])
-        inputs = {
-            key: torch.from_numpy(array[place_N]).to(device, non_blocking=device.type == "cuda")
-            for key, array in self._inputs.items()
-        }
+        p = self._keep(place_N, p_NK[on_device(row_N, device)])
+        inputs = {key: on_device(array[place_N], device) for key, array in self._inputs.items()}
         if self.loss.of_sequences:
-            inputs["sequence"] = torch.from_numpy(batch.loss.datum_N[row_N]).to(device)
+            inputs["sequence"] = on_device(batch.loss.datum_N[row_N], device)
         result: object = self.loss.fn(p, inputs, **(self.term.loss_fn_config or {}))
         loss_N, diagnostics_N = self._checked(result, p)
         self._loss_places.append(place_N)
@@ -113,7 +110,7 @@ class RunningTerm:
         """Records the logprobs of positions without loss."""
         row_N, place_N = self._targets_in(batch.others)
         if len(row_N):
-            self._keep(place_N, p_NK[torch.from_numpy(row_N).to(p_NK.device)])
+            self._keep(place_N, p_NK[on_device(row_N, p_NK.device)])
 
     def _targets_in(self, positions: Positions) -> tuple[np.ndarray, np.ndarray]:
         """This term's positions, and their indices among its tokens."""
@@ -219,4 +216,4 @@ def _part(positions: Positions, p_NK: torch.Tensor, numbers_D: Sequence[int]) ->
     row_N = np.concatenate(rows_D)
     datum_N = np.repeat(np.arange(len(numbers_D)), [len(rows) for rows in rows_D])
     part = replace(positions, datum_N=datum_N, position_N=positions.position_N[row_N])
-    return part, p_NK[torch.from_numpy(row_N).to(p_NK.device)]
+    return part, p_NK[on_device(row_N, p_NK.device)]

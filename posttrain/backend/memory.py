@@ -1,7 +1,9 @@
 """The KV caches of engines, in bytes; memory that is free but not given back."""
 
 import ctypes
+import os
 import sys
+from pathlib import Path
 
 import torch
 from transformers import PretrainedConfig
@@ -39,7 +41,37 @@ def free_on_gpu(device: torch.device) -> int:
     """Bytes that this process may still take: also what its passes have freed, which torch keeps for later
     ones. The memory of CUDA graphs is taken for freed, too: 1 to 2 GiB."""
     kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if torch.cuda.is_available() and torch.cuda.get_device_properties(device).is_integrated:
+        # in the CPU's memory (DGX Spark, Jetson) CUDA takes what the system has of files for used
+        return free_on_cpu() + kept
     return torch.cuda.mem_get_info(device)[0] + kept
+
+
+def free_on_cpu() -> int:
+    """What this process may still take of the machine, within its control group."""
+    free = [1024 * _number_after("MemAvailable:", Path("/proc/meminfo"))]
+    for folder, limit, used in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        text = [_read(Path(folder) / name) for name in (limit, used)]
+        if all(part.strip().isdigit() for part in text):
+            reclaimable = _number_after("\ninactive_file", Path(folder) / "memory.stat")
+            free.append(int(text[0]) - int(text[1]) + reclaimable)
+    # macOS has neither file: half of the machine's memory
+    return max(0, min((n for n in free if n), default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2))
+
+
+def _number_after(key: str, file: Path) -> int:
+    rest = f"\n{_read(file)}".partition(key)[2].split()
+    return int(rest[0]) if rest else 0
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text()
+    except OSError:
+        return ""
 
 
 def return_free_memory() -> None:

@@ -4,11 +4,9 @@ processes that share a device, rows longer than a micro-batch.
 """
 
 import itertools
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import chz
@@ -23,7 +21,7 @@ from posttrain.backend.errors import ModelError
 from posttrain.backend.fake_models import ModelSize, model_size, saved_bytes
 from posttrain.backend.lean_adamw import PIECE, PIECE_BYTES, STEP_BYTES
 from posttrain.backend.logprobs import CHUNK_ELEMENTS
-from posttrain.backend.memory import GIB, free_on_gpu, kv_cache_bytes, sequence_bytes
+from posttrain.backend.memory import GIB, free_on_cpu, free_on_gpu, kv_cache_bytes, sequence_bytes
 from posttrain.backend.models import context_length, model_config
 from posttrain.backend.types import LoraConfig
 from posttrain.backend.vllm_lora import tokens_of_a_step
@@ -327,29 +325,7 @@ def free_bytes(device: torch.device) -> int:
         return free_on_gpu(device)
     if device.type == "mps":
         return max(0, torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory())
-    free = [1024 * _number_after("MemAvailable:", Path("/proc/meminfo"))]
-    for folder, limit, used in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        text = [_read(Path(folder) / name) for name in (limit, used)]
-        if all(part.strip().isdigit() for part in text):
-            reclaimable = _number_after("\ninactive_file", Path(folder) / "memory.stat")
-            free.append(int(text[0]) - int(text[1]) + reclaimable)
-    # macOS has neither file: half of the machine's memory
-    return max(0, min((n for n in free if n), default=os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2))
-
-
-def _number_after(key: str, file: Path) -> int:
-    rest = f"\n{_read(file)}".partition(key)[2].split()
-    return int(rest[0]) if rest else 0
-
-
-def _read(file: Path) -> str:
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
+    return free_on_cpu()
 
 
 def _name(dtype: torch.dtype) -> str:

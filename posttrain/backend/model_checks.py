@@ -75,41 +75,49 @@ def check_rows(trainer: TrainedModel) -> None:
 
 
 def pack_rows(trainer: TrainedModel) -> None:
-    """Where backend.attention says so and it gives each sequence the logprobs it has alone.
-    Otherwise a line says why not; ModelError if packing is not left to us."""
-    wanted = trainer.config.attention
+    """Where backend.attention says so and it gives each sequence the logprobs it has alone; "auto" with
+    one of the two kernels where the GPU cannot compute the model's heads with the other. Otherwise a
+    line says why not; ModelError if packing is not left to us."""
+    wanted, shares = trainer.config.attention, trainer.shares_prefixes
     if not packs(wanted, trainer.device):
         return
-    if reason := _packing_fails(trainer):
+    both = wanted == "auto" and trainer.compute_dtype == torch.bfloat16 and trainer.windows is not None
+    reason = ""
+    for attention in ("auto", "flex", "varlen") if both else (wanted,):
+        trainer.shares_prefixes = shares and attention != "varlen"
+        trainer.whole_sequences = attention != "flex" and trainer.compute_dtype == torch.bfloat16
+        if not (failure := _packing_fails(trainer, trees=attention != "varlen")):
+            if reason:
+                print(f"rows are packed with backend.attention={attention}: {reason}", flush=True)
+            return
         trainer.packs = False
         set_packing(trainer.base, False)
-        if wanted != "auto":
-            raise ModelError(
-                f"backend.attention={wanted}: the rows of {trainer.model_name!r} cannot be packed: {reason}"
-            )
-        print(f"rows are padded, not packed (backend.attention=auto): {reason}", flush=True)
+        reason = reason or failure
+    trainer.shares_prefixes = shares
+    if wanted != "auto":
+        raise ModelError(f"backend.attention={wanted}: the rows of {trainer.model_name!r} cannot be packed: {reason}")
+    print(f"rows are padded, not packed (backend.attention=auto): {reason}", flush=True)
 
 
-def _packing_fails(trainer: TrainedModel) -> str | None:
+def _packing_fails(trainer: TrainedModel, trees: bool) -> str | None:
     """Packs, and returns the reason if that is wrong."""
     if trainer.windows is None:
         return "its config does not say that all layers are causal attention"
-    trainer.whole_sequences = trainer.config.attention != "flex" and trainer.compute_dtype == torch.bfloat16
     try:
         gap = kernel_gap(
-            trainer.hf_config, trainer.windows, trainer.device, trainer.compute_dtype, trainer.whole_sequences
+            trainer.hf_config, trainer.windows, trainer.device, trainer.compute_dtype, trainer.whole_sequences, trees
         )
         limit = MOST_KERNEL_GAP[trainer.compute_dtype]
-        if gap > limit:
+        if not gap <= limit:
             return f"the kernel's results differ by {gap:.2g} from those with a mask"
         trainer.packs = True
         set_packing(trainer.base, True)
         data_D = row_check_data(trainer.vocabulary, trainer.max_length)
         alone_D = alone(trainer, data_D)
-        gap = max(row_gap(trainer, data_D, alone_D, share) for share in {False, trainer.shares_prefixes})
+        gaps = [row_gap(trainer, data_D, alone_D, share) for share in {False, trainer.shares_prefixes}]
     except Exception as error:
         return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-    if gap > MOST_ROW_GAP[trainer.compute_dtype]:
+    if not (gap := np.max(gaps)) <= MOST_ROW_GAP[trainer.compute_dtype] and torch.cat(alone_D).isfinite().all():
         return f"a sequence's logprobs differ by {gap:.2g} from those it has alone"
     return None
 

@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.lean_adamw import LeanAdamW
@@ -51,8 +52,13 @@ class TrainedWeights:
 
     @torch.no_grad()
     def masters_to_weights(self) -> None:
-        for name, master in self.masters.items():  # those of ranks have no _foreach_copy_
-            self.named[name].copy_(master)
+        weights: list[torch.Tensor] = [self.named[name] for name in self.masters]
+        masters: list[torch.Tensor] = [*self.masters.values()]
+        if any(isinstance(weight, DTensor) for weight in weights):  # of ranks: they have no _foreach_copy_
+            for weight, master in zip(weights, masters, strict=True):
+                weight.copy_(master)
+        elif weights:  # a GPU has nothing else to do than wait for hundreds of launches
+            torch._foreach_copy_(weights, masters)  # pyright: ignore[reportPrivateImportUsage]
 
     def zero_grad(self) -> None:
         self._gradients.clear()
