@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import chz
 import numpy as np
 
-from posttrain.backend.errors import ConfigError
+from posttrain.backend.errors import ConfigError, ContextLengthError
 from posttrain.backend.ranges import NON_NEGATIVE, SHARE
 from posttrain.backend.tokenizers import check_vocabulary
 from posttrain.backend.types import ModelInput
@@ -125,6 +125,8 @@ class Teachers:
         for i, row in enumerate(rows):
             places[self.config.tag_of(groups_P[row.origin[0]].tags)].append(i)
         read = teacher_rows(groups_P, rows, self.config.context) if self.config.context else list(rows)
+        if self.config.context:
+            _check_room(rows, read, self.policy.get_info().max_length)
         difference_D = [np.zeros_like(row.logprobs_T) for row in rows]
         for tag, chosen in places.items():
             paths = self.config.paths()[tag]
@@ -150,6 +152,17 @@ def teacher_rows(groups_P: Sequence[TrajectoryGroup], rows: Sequence[Row], conte
         length = groups_P[p].trajectories_G[g].transitions[0].ob.length
         out.append(_with_prompt(row, length, prompts[p]))
     return out
+
+
+def _check_room(rows: Sequence[Row], read: Sequence[Row], context: int) -> None:
+    """ContextLengthError for a row that the policy could write and the teacher, whose prompt is longer, cannot read."""
+    longest = max(len(row.tokens) for row in read) - 1  # of a row the last token is only predicted
+    if longest > context:
+        more = max(len(theirs.tokens) - len(row.tokens) for row, theirs in zip(rows, read, strict=True))
+        raise ContextLengthError(
+            f"distill.context: the teacher would read {longest} tokens, {more} more than the policy, and its context "
+            f"has {context}: lower max_tokens, so that answers leave it room, or raise backend.max_length"
+        )
 
 
 def _teacher_prompt(builder: object, context: str) -> list[int]:

@@ -14,7 +14,7 @@ import torch
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
 from envs.pairwise import PairwisePreferenceGroupBuilder
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.errors import ConfigError, ContextLengthError, DataError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import character_tokenizer, load_tokenizer
 from posttrain.backend.types import Datum, ModelInput
@@ -82,6 +82,15 @@ def test_teachers_score_the_sampled_tokens_and_only_those(torch_service, context
             row.logprobs_T[1:] - np.mean(expected, axis=0), abs=rounded(1e-5)
         )
     assert out["teacher_kl"] == pytest.approx(sum(d_T.sum() for d_T in difference_D) / 3, abs=rounded(1e-6))
+
+
+def test_an_answer_that_leaves_the_teacher_no_room_says_so(torch_service) -> None:  # noqa: ANN001
+    policy = torch_service.create_training_client("tiny")
+    length = policy.get_info().max_length - 1  # of the answer, which fills the policy's context
+    group = TrajectoryGroup([Trajectory([turn([1, 2], [3] * length, [-1.0] * length)])], [0.0], [{}], builder=Group())  # type: ignore[arg-type]
+    teachers = Teachers(Distillation(teacher="micro", context="a hint"), torch_service, policy)
+    with pytest.raises(ContextLengthError, match=r"distill.context: .* 1 more than the policy.*lower max_tokens"):
+        asyncio.run(teachers.difference([group], rows_of([group])))
 
 
 def test_each_data_set_has_its_teacher_and_a_group_without_one_is_an_error(torch_service) -> None:  # noqa: ANN001

@@ -39,6 +39,69 @@ def attention_windows(config: PretrainedConfig, max_length: int) -> dict[str, in
     return {kind: window if kind == "sliding_attention" or not layer_types else None for kind in kinds}
 
 
+# Names of a context's length in configs, of which a config has one: GPT's, MPT's, Whisper's, Bloom's.
+CONTEXTS = ("max_position_embeddings", "max_seq_len", "max_target_positions", "seq_length")
+
+
+def context_limit(config: PretrainedConfig) -> tuple[int | None, str, str]:
+    """Tokens of context, None if the config does not say; why it ends there; and what to do where the config has
+    signs that it goes on.
+
+    With LongRoPE (Phi 3 and 4, 128k) it ends where the rotations change: beyond, all positions depend on the longest
+    row in the batch, and a sequence has several logprobs. Dual chunk attention (Qwen's with 1M) is not in
+    transformers, and does nothing in the first chunk.
+    """
+    text: Any = config.get_text_config()
+    limit = next((int(value) for name in CONTEXTS if (value := getattr(text, name, None))), None)
+    ends: list[tuple[int, str]] = []
+    reaches = [(getattr(text, "model_max_length", None) or 0, "model_max_length")]
+    for rotations in rotations_of(text):
+        kind, factor = rotations.get("rope_type"), rotations.get("factor") or 0
+        original = rotations.get("original_max_position_embeddings") or getattr(
+            text, "original_max_position_embeddings", None
+        )
+        if kind == "longrope" and original:
+            ends.append((int(original), " with one set of rotations (LongRoPE changes them beyond)"))
+        elif kind == "yarn" and factor and original:
+            reach = int(factor * original)
+            ends.append((reach, f" within its rotations (yarn, {factor:g} times {original})"))
+            reaches.append((reach, f"yarn, {factor:g} times {original}"))
+        elif kind == "linear" and factor and limit:
+            reaches.append((int(factor * limit), f"linear scaling, {factor:g} times {limit}"))
+    if chunks := getattr(text, "dual_chunk_attention_config", None):
+        first = int(chunks["chunk_size"]) - int(chunks["local_size"])
+        first = min(first, int(chunks.get("original_max_position_embeddings") or first))  # it scales scores beyond
+        ends.append((first, " in its first chunk (transformers has no dual chunk attention)"))
+    if window := getattr(text, "keep_window_size", None):
+        ends.append((int(window), " that its layers do not choose from (Doge counts padding, too)"))
+    end, why = min(ends, default=(limit, ""))
+    if end is not None and (limit is None or end < limit):
+        return end, why, ""
+    reach, sign = max(reaches)
+    further = (
+        f". Its config.json also has {sign}: if that is its context, set max_position_embeddings={reach} there"
+        if limit is not None and reach > limit
+        else ""
+    )
+    return limit, "", further
+
+
+def rotations_of(config: PretrainedConfig) -> list[dict[str, Any]]:
+    """The parameters of rotary embeddings: one set, or one for each kind of layer."""
+    found = getattr(config, "rope_parameters", None) or {}
+    each_kind = [value for value in found.values() if isinstance(value, dict)]
+    return each_kind or ([found] if found else [])
+
+
+def scale_queries_in_vllm(config: Any) -> None:
+    """Ministral 3 scales its queries by their position. vLLM reads that under another name, without which it leaves
+    the scale out, from position `original_max_position_embeddings` on."""
+    rotations: dict[str, Any] = next(iter(rotations_of(config)), {})
+    if beta := rotations.get("llama_4_scaling_beta"):
+        original = rotations["original_max_position_embeddings"]
+        config.llama_4_scaling = {"original_max_position_embeddings": original, "beta": beta}
+
+
 def attends_to_all(config: PretrainedConfig, max_length: int) -> bool:
     """Whether all layers are causal attention over up to `max_length` earlier tokens."""
     windows = attention_windows(config, max_length)

@@ -33,7 +33,12 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.utils import logging as transformers_logging
 
-from posttrain.backend.architectures import bound_steps_as_configured, kernel_of_attention
+from posttrain.backend.architectures import (
+    bound_steps_as_configured,
+    context_limit,
+    kernel_of_attention,
+    scale_queries_in_vllm,
+)
 from posttrain.backend.checkpoint_files import (
     ADAPTER_CONFIG_FILE,
     SCALAR_HEAD_FILE,
@@ -241,27 +246,15 @@ def _reason(error: BaseException, path: Path | None = None) -> str:
 
 def context_length(model_name: str, max_length: int | None = None) -> int:
     """Tokens of context: `max_length`, or the model's up to DEFAULT_MAX_LENGTH. Raises if the model
-    has less. An adapter's folder has its base's context.
-
-    With LongRoPE (Phi 3 and 4, 128k) the context ends where the rotations change: beyond, all
-    positions depend on the longest row in the batch, and a sequence has several logprobs.
-    """
+    has less; some have no end (Mamba). An adapter's folder has its base's context."""
     if is_adapter(folder := model_folder(model_name)):
         model_name = adapted_model(folder)
-    config = model_config(model_name).get_text_config()
-    limit, why = int(getattr(config, "max_position_embeddings", DEFAULT_MAX_LENGTH)), ""
-    rope = getattr(config, "rope_parameters", None) or {}
-    if rope.get("rope_type") == "longrope":
-        key = "original_max_position_embeddings"
-        original = rope.get(key) or getattr(config, key, limit)
-        limit, why = min(limit, int(original)), " with one set of rotations (LongRoPE changes them beyond)"
-    if window := getattr(config, "keep_window_size", None):
-        limit, why = min(limit, window), " that its layers do not choose from (Doge counts padding, too)"
-    if max_length is not None and max_length > limit:
+    limit, why, further = context_limit(model_config(model_name))
+    if limit is not None and max_length is not None and max_length > limit:
         raise ModelError(
-            f"max_length={max_length} is more than the {limit} tokens of context that {model_name!r} has{why}"
+            f"max_length={max_length} is more than the {limit} tokens of context that {model_name!r} has{why}{further}"
         )
-    return max_length or min(limit, DEFAULT_MAX_LENGTH)
+    return max_length or min(limit or DEFAULT_MAX_LENGTH, DEFAULT_MAX_LENGTH)
 
 
 def new_model(config: PretrainedConfig) -> PreTrainedModel:
@@ -357,6 +350,7 @@ def read_model(model_name: str, dtype: torch.dtype) -> PreTrainedModel:
             raise ModelError(f"{model_name!r} cannot be opened: {found}")
     make_plain(model)
     bound_steps_as_configured(model)
+    scale_queries_in_vllm(model.config)
     _say_untied(model)
     _join_end_tokens(model)
     _make_savable(model_name, model)

@@ -37,13 +37,14 @@ from posttrain.backend.prompt_scores import score_prompt
 from posttrain.backend.random_state import OwnTorchGenerators, global_generators_kept
 from posttrain.backend.types import SampledSequence
 from posttrain.backend.vllm_lora import serve_adapter
-from posttrain.backend.vllm_refusals import UNMERGED, USE_TORCH, computed_otherwise, refusal
-from posttrain.backend.vllm_settings import engine_args
+from posttrain.backend.vllm_refusals import UNMERGED, USE_TORCH, computed_otherwise, left_out, refusal
+from posttrain.backend.vllm_settings import engine_args, without_chunks
 from posttrain.backend.vllm_weights import (
     CheckpointForm,
     has_output_layer,
     load_all,
     parameters_left_out,
+    parameters_rounded,
     places_of,
 )
 
@@ -74,6 +75,8 @@ class VllmEngine:
         from vllm.engine.arg_utils import EngineArgs
         from vllm.v1.engine.llm_engine import LLMEngine
 
+        if reason := left_out(hf_config):
+            raise ModelError(f"vLLM cannot serve this model: {reason}. {USE_TORCH}")
         if device.type == "cpu" and (reason := computed_otherwise(hf_config, max_length, lora_room > 0)):
             raise ModelError(f"vLLM cannot serve this model on a CPU: {reason}. {USE_TORCH}")
         self._device, self._dtype = device, compute_dtype(device, config)
@@ -214,6 +217,10 @@ class VllmEngine:
             raise ModelError(
                 f"vLLM cannot serve this model: it does not take {len(names)} of its own weights ({some}). {USE_TORCH}"
             )
+        if names := sorted({name for names in self._in_processes(parameters_rounded, self._dtype) for name in names}):
+            raise ModelError(
+                f"vLLM cannot serve this model: it rounds {len(names)} of its weights, such as {names[0]}. {USE_TORCH}"
+            )
 
     def _check_it_decodes(self, max_length: int) -> None:
         """A kernel that lacks a size of this model, such as that of its heads, fails in its first step."""
@@ -328,7 +335,7 @@ def _model_folder(hf_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBas
     vLLM finds its compiled code again by the folder's name."""
     with tempfile.TemporaryDirectory(prefix="posttrain-engine-") as name:
         folder = Path(name) / "model"
-        hf_config.save_pretrained(folder)
+        without_chunks(hf_config).save_pretrained(folder)
         # Beside the model's config, transformers takes that type's class for it. Without any, vLLM prints errors
         # and waits two seconds. To this type belongs no tokenizer's class.
         tokenizer.save_pretrained(folder / "tokenizer")

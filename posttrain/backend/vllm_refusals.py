@@ -16,6 +16,13 @@ UNMERGED = "backend.lora=unmerged keeps a copy for each of the two instead"
 MERGE = "backend.lora=merged adds adapters to the weights instead"
 
 
+def left_out(hf_config: PretrainedConfig) -> str | None:
+    """What vLLM 0.32 leaves out of models that it accepts, on every device."""
+    if hf_config.get_text_config().model_type == "gemma3n_text":
+        return "without pictures it leaves out the embeddings of each layer"
+    return None
+
+
 def computed_otherwise(hf_config: PretrainedConfig, max_length: int, unmerged: bool = False) -> str | None:
     """Models that vLLM 0.32 on a CPU accepts and computes differently from transformers, or not at
     all, once it is opened (tests/test_vllm_architectures.py). `unmerged`: with adapters."""

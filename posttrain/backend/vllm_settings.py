@@ -2,6 +2,7 @@
 Nothing here imports vLLM.
 """
 
+import copy
 from typing import Any
 
 import torch
@@ -76,6 +77,15 @@ def check_shared(config: BackendConfig) -> None:
         raise ConfigError(f"{setting} needs weights of one dtype: leave backend.param_dtype out")
 
 
+def without_chunks(hf_config: PretrainedConfig) -> PretrainedConfig:
+    """Without dual chunk attention, which vLLM has on some devices only: it does nothing in the first chunk, where
+    the context ends (architectures.context_limit)."""
+    if hasattr(hf_config, "dual_chunk_attention_config"):
+        hf_config = copy.deepcopy(hf_config)
+        delattr(hf_config, "dual_chunk_attention_config")
+    return hf_config
+
+
 def engine_args(
     hf_config: PretrainedConfig, max_length: int, config: BackendConfig, device: torch.device, lora_room: int = 0
 ) -> dict[str, Any]:
@@ -95,6 +105,9 @@ def engine_args(
         "enforce_eager": eager,
         "disable_log_stats": True,
     }
+    if (tuned := getattr(hf_config.get_text_config(), "attn_temperature_tuning", None)) is not None:
+        # Llama 4's, which vLLM would switch by max_model_len alone: on above 32,768
+        args["override_generation_config"] = {"attn_temperature_tuning": bool(tuned)}
     if lora_room:
         args |= lora_args(lora_room)
     if config.tensor_parallel > 1:

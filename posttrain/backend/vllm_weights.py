@@ -91,6 +91,12 @@ def parameters_left_out(worker: Any, form: CheckpointForm, dtype: torch.dtype) -
         return names
 
 
+def parameters_rounded(worker: Any, dtype: torch.dtype) -> list[str]:
+    """Names of the parameters that vLLM holds in fewer bits than `dtype`."""
+    parameters = worker.get_model().named_parameters()
+    return [name for name, p in parameters if p.is_floating_point() and p.dtype.itemsize < dtype.itemsize]
+
+
 def _left_out_by_reload(vllm_model: Any, weights: Weights, vllm_config: Any) -> list[str]:
     """On a CPU linears are packed after loading: only the reload counts a layer's elements."""
     from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
