@@ -268,22 +268,27 @@ def test_subsampling_keeps_eos_pairs_and_is_unbiased() -> None:
     assert len(find_pairs(only_eos, EOS, some, packed=True, seeds_B=[0])) == 3
 
 
-def test_with_the_empty_suffix_it_is_a_next_token_model() -> None:
-    m = model()
-    losses = empty_side_losses(m, PACKED, PairObjective(), packed=True, pairs_per_chunk=4)
+@pytest.mark.parametrize("objective", [PairObjective(), PairObjective(min_gap=2), PairObjective(context_length=2)])
+def test_with_the_empty_suffix_it_is_a_next_token_model(objective: PairObjective) -> None:
+    """An EOS is no target with a min_gap above 1; with a context nothing is read from the right."""
+    m, c = model(), objective.context_length
+    losses = empty_side_losses(m, PACKED, objective, packed=True, pairs_per_chunk=4)
     f, b = m.forward_states(PACKED), m.backward_states(PACKED)
     per_next = [
         cross_entropy(m.text_head(f[row, i], m.empty_suffix())[0], PACKED[row, i + 1])
         for row in range(3)
-        for i in range(9)
+        for i in range(c, 9)
+        if objective.min_gap == 1 or PACKED[row, i + 1] != EOS
     ]
     per_prev = [
         cross_entropy(m.text_head(m.empty_prefix(), b[row, j])[1], PACKED[row, j - 1])
         for row in range(3)
         for j in range(1, 10)
+        if objective.min_gap == 1 or PACKED[row, j - 1] != EOS
     ]
-    assert float(losses["loss_next_token"]) == pytest.approx(torch.stack(per_next).mean().item(), abs=1e-10)
-    assert float(losses["loss_prev_token"]) == pytest.approx(torch.stack(per_prev).mean().item(), abs=1e-10)
+    expected = {"loss_next_token": torch.stack(per_next).mean().item()}
+    expected |= {} if c else {"loss_prev_token": torch.stack(per_prev).mean().item()}
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, abs=1e-10)
 
 
 def test_bad_input_is_a_typed_error() -> None:

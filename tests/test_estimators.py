@@ -204,6 +204,7 @@ def test_batch_mean_uses_all_groups_and_nothing_else() -> None:
     out = BatchMean().of_batch([np.array([1.0, 0.0]), np.array([3.0])])
     assert [a.tolist() for a in out] == [pytest.approx([-1 / 3, -4 / 3]), pytest.approx([5 / 3])]
     assert BatchMean().of_batch([]) == []
+    assert NoReward()(np.array([1.0, 3.0])).tolist() == [0, 0]
 
 
 def test_truncated_rollouts_can_be_left_out() -> None:

@@ -450,6 +450,8 @@ def test_data_without_any_weight_have_loss_zero_and_no_gradient() -> None:
     assert all(torch.equal(p, before[name]) for name, p in trainer.named_trainable.items())
     with pytest.raises(DataError, match="detached"):
         trainer.run_custom(data, lambda data_D, logprobs_D: (logprobs_D[0].sum().detach(), {}))
+    with pytest.raises(NonFiniteError, match="custom loss is not finite"):
+        trainer.run_custom(data, lambda data_D, logprobs_D: (logprobs_D[0].sum() * math.inf, {}))
 
 
 # Trap: a micro-batch, or all data, without a token of a loss.

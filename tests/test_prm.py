@@ -5,6 +5,7 @@ their scores.
 import asyncio
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,11 @@ def label(sampler: ScriptedSampler, solutions: list[tuple[ProblemEnv, Solution]]
 
 def test_labels_are_the_share_of_completions_that_are_right(plain: Renderer, tmp_path: Path) -> None:
     sampler = ScriptedSampler(plain, SHARES)
+    broken_env, cut_off = solve(BROKEN, plain, ended=False)
     solutions = [
         solve(GOOD, plain),
         solve(BAD, plain),
-        solve(BROKEN, plain, ended=False),
+        (broken_env, replace(cut_off, correct=True)),  # a grader may find the answer in it
         solve(GOOD, plain),
         solve("", plain),
     ]
