@@ -102,6 +102,8 @@ def test_values_have_read_the_tokens_before_the_action_and_go_into_the_advantage
     rows, _ = asyncio.run(critic.with_advantages([group], rows_of([group])))
     for _ in range(30):
         critic.forward_backward(rows)
+        trained_on = critic._outputs[-1].result().metrics
+        assert trained_on["loss:sum"] == pytest.approx(trained_on["value_loss:mean"]), "the mean over sampled tokens"
         critic.optim_step(AdamParams(1e-2))
         losses.append(asyncio.run(critic.metrics())["critic/value_loss"])
     assert losses[-1] < 0.1 * losses[0]

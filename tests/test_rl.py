@@ -94,6 +94,9 @@ def test_temperature_track_appears_when_some_token_was_tempered() -> None:
     tempered = TrajectoryGroup([Trajectory([turn([1], [2, 3], [-1, -1], temperature=0.5)])], [0.0], [{}])
     (datum,) = training_data([tempered], [np.array([1.0])])
     assert datum.loss_fn_inputs["temperature"].tolist() == [0.5, 0.5]
+    turns = [turn([1], [2], [-1], temperature=temperature) for temperature in (0.5, 1.0, 0.0)]
+    mixed = rows_of([TrajectoryGroup([Trajectory([one]) for one in turns], [0.0] * 3, [{}] * 3)])
+    assert [row.datum().loss_fn_inputs["temperature"].tolist() for row in mixed] == [[0.5], [1.0], [1.0]]
 
 
 def test_advantage_estimators_by_hand() -> None:
