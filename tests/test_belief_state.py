@@ -13,6 +13,7 @@ from torch.nn.functional import cross_entropy
 
 from envs.star_graph import StarGraph, sample_graphs
 from posttrain.backend.errors import ConfigError, DataError
+from recipes.libraries.belief_state.blocks import SwiGLU
 from recipes.libraries.belief_state.losses import empty_side_losses, pair_pass
 from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig, NextToken, documents
 from recipes.libraries.belief_state.pairs import PairObjective, find_pairs
@@ -85,6 +86,48 @@ def test_documents_of_a_packed_row_are_as_if_alone() -> None:
         assert torch.allclose(f[eos], m.empty_prefix(), atol=1e-12) and torch.allclose(
             b[eos], m.empty_suffix(), atol=1e-12
         )
+
+
+def normed(x: torch.Tensor, gain: torch.Tensor) -> torch.Tensor:
+    return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * gain
+
+
+def swiglu(x: torch.Tensor, mlp: SwiGLU) -> torch.Tensor:
+    gate, up = (x @ mlp.gate_up.weight.T).chunk(2, -1)
+    return (gate / (1 + (-gate).exp()) * up) @ mlp.down.weight.T
+
+
+def naive_states(m: BeliefState, tokens: list[int]) -> torch.Tensor:
+    """(T, H) of a document without an EOS, whose first position is 1: a head and a query at a time; pairs of
+    dimensions are complex numbers, turned by their position."""
+    x, size = m.embedding.weight[tokens], TINY.hidden // TINY.num_heads
+    angle = torch.arange(1, len(tokens) + 1)[:, None] * 1e4 ** (-torch.arange(0, size, 2) / size)
+    turn = torch.polar(torch.ones_like(angle), angle)
+    for block in m.forward_encoder.blocks:
+        parts = (normed(x, block.attention_norm.weight) @ block.attention.qkv.weight.T).split(size, -1)
+        heads = []
+        for q, k, v in zip(parts[:2], parts[2:4], parts[4:], strict=True):
+            q, k = (torch.complex(*z.chunk(2, -1)) * turn for z in (q, k))
+            scores = (q[:, None] * k[None].conj()).sum(-1).real / size**0.5
+            heads.append(torch.stack([scores[t, : t + 1].softmax(-1) @ v[: t + 1] for t in range(len(tokens))]))
+        x = x + torch.cat(heads, -1) @ block.attention.out.weight.T
+        x = x + swiglu(normed(x, block.mlp_norm.weight), block.mlp)
+    return normed(x, m.forward_encoder.norm.weight)
+
+
+def test_states_and_logits_are_those_of_a_second_implementation() -> None:
+    m = model()
+    with torch.no_grad():
+        for name, p in m.named_parameters():
+            if "norm" in name:
+                p.copy_(torch.rand_like(p) + 0.5)
+        expected, f = naive_states(m, PACKED[2].tolist()), m.forward_states(PACKED[2:])[0]
+        assert torch.allclose(f, expected, atol=1e-5)
+        b = m.backward_states(PACKED[2:])[0]
+        both = torch.cat([f, b], -1)
+        u = normed(both + swiglu(both, m.text_head.mlp), m.text_head.norm.weight)
+        for logits, half in zip(m.text_head(f, b), u.chunk(2, -1), strict=True):
+            assert torch.allclose(logits, half @ m.text_head.unembedding.weight.T, atol=1e-10)
 
 
 def naive_pairs(tokens: list[int], objective: PairObjective) -> list[tuple[int, int, int, int]]:
@@ -225,22 +268,27 @@ def test_subsampling_keeps_eos_pairs_and_is_unbiased() -> None:
     assert len(find_pairs(only_eos, EOS, some, packed=True, seeds_B=[0])) == 3
 
 
-def test_with_the_empty_suffix_it_is_a_next_token_model() -> None:
-    m = model()
-    losses = empty_side_losses(m, PACKED, PairObjective(), packed=True, pairs_per_chunk=4)
+@pytest.mark.parametrize("objective", [PairObjective(), PairObjective(min_gap=2), PairObjective(context_length=2)])
+def test_with_the_empty_suffix_it_is_a_next_token_model(objective: PairObjective) -> None:
+    """An EOS is no target with a min_gap above 1; with a context nothing is read from the right."""
+    m, c = model(), objective.context_length
+    losses = empty_side_losses(m, PACKED, objective, packed=True, pairs_per_chunk=4)
     f, b = m.forward_states(PACKED), m.backward_states(PACKED)
     per_next = [
         cross_entropy(m.text_head(f[row, i], m.empty_suffix())[0], PACKED[row, i + 1])
         for row in range(3)
-        for i in range(9)
+        for i in range(c, 9)
+        if objective.min_gap == 1 or PACKED[row, i + 1] != EOS
     ]
     per_prev = [
         cross_entropy(m.text_head(m.empty_prefix(), b[row, j])[1], PACKED[row, j - 1])
         for row in range(3)
         for j in range(1, 10)
+        if objective.min_gap == 1 or PACKED[row, j - 1] != EOS
     ]
-    assert float(losses["loss_next_token"]) == pytest.approx(torch.stack(per_next).mean().item(), abs=1e-10)
-    assert float(losses["loss_prev_token"]) == pytest.approx(torch.stack(per_prev).mean().item(), abs=1e-10)
+    expected = {"loss_next_token": torch.stack(per_next).mean().item()}
+    expected |= {} if c else {"loss_prev_token": torch.stack(per_prev).mean().item()}
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, abs=1e-10)
 
 
 def test_bad_input_is_a_typed_error() -> None:

@@ -263,6 +263,8 @@ def test_what_is_watched_by_hand():
     assert found["pass@2"] == pytest.approx((1 + 1 / 2) / 2) and found["pass@4"] == 1.0
     assert found["pass@4-2"] == 0.5 and found["distinct_right"] == 2.0
     assert found["reward@4-1"] == 0.5  # the model's part: q's best is a wrong one, 0.1 against -0.1
+    last = replace(p[2], correct=False, reward=-0.1)  # the one of p's that the model likes least: not in its first two
+    assert metrics.sample_metrics([*q, *p[:2], last, p[3]], ["p", "q"], FORM)["reward@4-2"] == 0.5
     assert found["diversity"] == pytest.approx((4 / 8 + 6 / 8) / 2)
     assert found["truncated"] == 1 / 8 and found["unparsable"] == 0.0
     plain = [replace(one, reward=float(one.correct)) for one in [*p, *q]]

@@ -391,6 +391,8 @@ def test_a_loss_that_returns_something_else_is_named(torch_service: ServiceClien
         (lambda p, inputs: -p, "it must return the loss of each token, and a dict"),
         (lambda p, inputs: (-p, None), "it must return the loss of each token, and a dict"),
         (lambda p, inputs: (-p, {"x": 1.0}), "returned x 1.0, not a tensor"),
+        (lambda p, inputs: (-p.mean(), {}), r"returned a loss of shape \(\) for"),
+        (lambda p, inputs: (-p, {"x": p[1:]}), r"returned x of shape \("),
         (lambda p, inputs: (torch.zeros_like(p), {}), "does not depend on the logprobs"),
     ]:
         with pytest.raises(ConfigError, match=message):

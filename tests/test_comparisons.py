@@ -52,6 +52,7 @@ SHAPES: list[tuple[type[PreferenceRowsBuilder], dict[str, Any], dict[str, Any]]]
      {"prompt_field": "q", "chosen_field": "right", "rejected_field": "wrong"}),
     (TranscriptBuilder, {"chosen": "\n\nHuman: 2+2?\n\nAssistant: 4", "rejected": "\n\nHuman: 2+2?\n\nAssistant: 5"}, {}),
     (RatedPairBuilder, {"context": [USER], "response1": "5", "response2": "4", "overall_preference": 2}, {}),
+    (RatedPairBuilder, {"context": [USER], "response1": "4", "response2": "5", "overall_preference": -2}, {}),
     (ScoredSamplesBuilder, {"prompt": "2+2?", "samples": [{"completion": "5", "score": 1.5}, {"completion": "4", "score": 4}]}, {}),
     (ScoredSamplesBuilder, {"question": "2+2?", "small": {"solution": "5", "ok": False}, "large": {"solution": "4", "ok": True}},
      {"prompt_field": "question", "completion_field": "solution", "score_field": "ok"}),

@@ -90,12 +90,20 @@ def test_values_have_read_the_tokens_before_the_action_and_go_into_the_advantage
             expected + values, abs=rounded(1e-5)
         )
     assert all((row.advantages_T[row.mask_T == 0] == 0).all() for row in rows)
-    assert set(out) == {"critic/value_mean", "critic/explained_variance"}
+    flat = {
+        name: np.concatenate([getattr(row, name)[row.mask_T > 0] for row in rows]) for name in ("values_T", "returns_T")
+    }
+    left = np.var(flat["returns_T"] - flat["values_T"]) / np.var(flat["returns_T"])
+    assert out == pytest.approx(
+        {"critic/value_mean": flat["values_T"].mean(), "critic/explained_variance": 1 - left}, abs=rounded(1e-5)
+    )
     client._trainer.scalar_head.data.zero_()
     critic, losses = Critic(CriticConfig(clip=0.0, gae_lambda=1.0), client, 1.0), []
     rows, _ = asyncio.run(critic.with_advantages([group], rows_of([group])))
     for _ in range(30):
         critic.forward_backward(rows)
+        trained_on = critic._outputs[-1].result().metrics
+        assert trained_on["loss:sum"] == pytest.approx(trained_on["value_loss:mean"]), "the mean over sampled tokens"
         critic.optim_step(AdamParams(1e-2))
         losses.append(asyncio.run(critic.metrics())["critic/value_loss"])
     assert losses[-1] < 0.1 * losses[0]

@@ -93,6 +93,13 @@ def test_metrics_equal_hand_computation_and_equal_rewards_are_wrong() -> None:
     by_hand = {"accuracy": 1.0, "margin": 0.15, "chosen_reward": 0.075, "rejected_reward": -0.075}
     by_hand |= {"chosen_logprob": -1.25, "rejected_logprob": -2.5, "dpo_loss": 0.6221995339}
     assert metrics == pytest.approx(by_hand, abs=1e-9)
+    for loss, chosen, rejected in [  # means of both pairs
+        (IPO(beta=0.3), 0.3 * 0.75, 0.3 * -0.75),
+        (IPO(beta=0.3, length_normalised=True), 0.3 * (1 / 4 + 0.5 / 2) / 2, 0.3 * (0.5 / 2 - 2 / 8) / 2),
+        (SimPO(), 2 * -(2 / 4 + 0.5 / 2) / 2, 2 * -(1 / 2 + 4 / 8) / 2),
+    ]:
+        found = pair_metrics(loss, logprobs(*CASE))
+        assert (found["chosen_reward"], found["rejected_reward"]) == pytest.approx((chosen, rejected)), loss
     policy_is_reference = logprobs(*CASE[:2], *CASE[:2], *CASE[4:])
     assert DPO()(policy_is_reference).tolist() == [math.log(2)] * 2  # to the last bit
     assert pair_metrics(DPO(), policy_is_reference)["accuracy"] == 0

@@ -3,6 +3,7 @@ through a training step.
 """
 
 import asyncio
+import math
 from pathlib import Path
 
 import chz
@@ -15,7 +16,7 @@ from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import check_vocabulary
 from posttrain.backend.training_client import TrainingClient
-from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput
+from posttrain.backend.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, ModelInput, TensorData
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.command_line import parse
 from recipes.star_graph.model import make_model
@@ -65,7 +66,8 @@ def advantages(rows: list[Row]) -> list[list[float]]:
 def test_kl_in_the_advantage_is_centred_and_leaks_nowhere() -> None:
     data = two_data()
     d = sampled_minus_reference(data, REFERENCE)
-    assert kl_metrics(data, d)["kl_policy_base"] == pytest.approx(-0.2 / 3)
+    k3 = sum(math.exp(-x) - 1 + x for x in (0.5, -1.0, 0.3)) / 3
+    assert kl_metrics(data, d) == pytest.approx({"kl_policy_base": -0.2 / 3, "kl_policy_base_k3": k3})
     data = penalized_advantages(data, d, coef=0.1, discount=0.0)
     assert all(row.advantages_T.dtype == np.float32 for row in data)
     mean = -0.2 / 3
@@ -202,6 +204,7 @@ def test_batch_mean_uses_all_groups_and_nothing_else() -> None:
     out = BatchMean().of_batch([np.array([1.0, 0.0]), np.array([3.0])])
     assert [a.tolist() for a in out] == [pytest.approx([-1 / 3, -4 / 3]), pytest.approx([5 / 3])]
     assert BatchMean().of_batch([]) == []
+    assert NoReward()(np.array([1.0, 3.0])).tolist() == [0, 0]
 
 
 def test_truncated_rollouts_can_be_left_out() -> None:
@@ -223,6 +226,40 @@ def test_mismatch_weights_by_hand() -> None:
     )
     assert correction_weights(w, MismatchCorrection(mode="mask", low=0.5, high=2.0)).tolist() == pytest.approx(
         [0, 0.9, 1.5, 0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("correction", "cut", "size"),
+    [
+        (MismatchCorrection(mode="truncate", high=2.0), [0.25, 1.0, 2.0], 3.25**2 / (3 * (0.25**2 + 1 + 4))),
+        (MismatchCorrection(mode="mask", low=0.25, high=2.0), [0.25, 1.0, 0.0], 1.25**2 / (3 * (0.25**2 + 1))),
+        (MismatchCorrection(mode="mask", low=5.0, high=9.0), [0.0, 0.0, 0.0], 0.0),
+    ],
+)
+def test_mismatch_correction_and_its_metrics_by_hand(
+    correction: MismatchCorrection, cut: list[float], size: float
+) -> None:
+    w = np.array([0.25, 1.0, 4.0])
+    trained = np.log(w) + [-1.0, -2.0, -0.5]
+
+    class Trained:
+        async def forward(self, *_: object, **__: object) -> ForwardBackwardOutput:
+            outputs = [{"logprobs": TensorData([np.nan, *part])} for part in (trained[:2], trained[2:])]
+            return ForwardBackwardOutput(outputs, {})
+
+    rows, found = asyncio.run(corrected(Trained(), two_data(), correction))  # type: ignore[arg-type]
+    assert advantages(rows) == [pytest.approx([0.0, 0.5 * cut[0], 0.5 * cut[1]]), pytest.approx([0.0, -0.5 * cut[2]])]
+    assert np.concatenate([row.logprobs_T for row in rows]) == pytest.approx([0.0, *trained[:2], 0.0, trained[2]])
+    assert {name.removeprefix("mismatch/"): value for name, value in found.items() if "mismatch/" in name} == (
+        pytest.approx(
+            {
+                "weight_mean": 1.75,
+                "weight_max": 4.0,
+                "frac_changed": np.mean(cut != w),
+                "effective_sample_size": size,
+            }
+        )
     )
 
 

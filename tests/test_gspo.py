@@ -44,6 +44,8 @@ def test_gspo_equals_hand_computation() -> None:
     assert LOSSES["gspo"].fn(p, per_token, **CLIP)[0].tolist() == pytest.approx(
         [-s, -2 * s, 1.9, 0.95, -3 * math.exp(0.2)]
     )
+    unmarked = inputs | {"sequence_ratio_mask": torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0])}  # a ratio of 1, not 0 / 0
+    assert LOSSES["gspo"].fn(p, unmarked, **CLIP)[1]["ratio"].tolist() == pytest.approx([s, s, 1, 1, math.exp(0.2)])
 
 
 def marked(count: int) -> list[Datum]:
@@ -163,6 +165,12 @@ def test_data_of_different_widths_are_passed_in_one_call() -> None:
         assert together.metrics[name] == pytest.approx(sum(output.metrics[name] for output in apart))
     for name, gradient in gradients(alone).items():
         assert torch.allclose(gradients(trainer)[name], gradient, atol=rounded(1e-5))
+
+    def with_width(p: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict]:
+        return -(inputs["weights"] * p), {"width": torch.full(p.shape[:1], float(p[0].numel()))}
+
+    mean = trainer.run(data, with_width, backward=False).metrics["width:mean"]
+    assert mean == pytest.approx((6 * (1 + 3 + 1 + 3) + 9 * 2) / 33), "of all tokens, not of widths"
     before = gradients(trainer)
     data[3].loss_fn_inputs["weights"].array[2] = np.nan
     with pytest.raises(NonFiniteError, match="datum 3"):

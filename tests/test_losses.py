@@ -26,49 +26,62 @@ from tests.conftest import ROUNDING, VOCABULARY, full_logits, gradients, policy_
 P, Q, A = [-1.0, -0.5, -3.0], [-1.2, -0.2, -1.0], [2.0, -1.0, 0.5]  # ratios 1.2214, 0.7408, 0.1353
 R = [math.exp(p - q) for p, q in zip(P, Q, strict=True)]
 
-# name, config, loss of each token by hand, d loss / d p of each token by hand
+# name, config, loss of each token by hand, d loss / d p of each token by hand, and whether it is clipped
 HAND_CASES = [
     (
         "importance_sampling",
         {},
         [-r * a for r, a in zip(R, A, strict=True)],
         [-r * a for r, a in zip(R, A, strict=True)],
+        None,
     ),
+    ("reinforce", {}, [-p * a for p, a in zip(P, A, strict=True)], [-a for a in A], None),
     # min(r A, clip(r, .8, 1.2) A): clipped at 1.2; r = .74 < .8 with A < 0 takes -.8 and is flat; r
     # = .135 with A > 0 is not clipped
-    ("ppo", {}, [-1.2 * 2, 0.8, -R[2] * 0.5], [0.0, 0.0, -R[2] * 0.5]),
+    ("ppo", {}, [-1.2 * 2, 0.8, -R[2] * 0.5], [0.0, 0.0, -R[2] * 0.5], [1, 1, 0]),
     (
         "ppo",
         {"clip_low_threshold": 0.5, "clip_high_threshold": 1.5},
         [-R[0] * 2, R[1], -R[2] * 0.5],
         [-R[0] * 2, R[1], -R[2] * 0.5],
+        [0, 0, 0],
     ),
-    ("cispo", {}, [-r * p * a for r, p, a in zip(R, P, A, strict=True)], [-r * a for r, a in zip(R, A, strict=True)]),
+    (
+        "cispo",
+        {},
+        [-r * p * a for r, p, a in zip(R, P, A, strict=True)],
+        [-r * a for r, a in zip(R, A, strict=True)],
+        [0, 0, 0],
+    ),
     (
         "cispo",
         {"clip_low_threshold": 0.8, "clip_high_threshold": 1.2},
         [-1.2 * -1.0 * 2, -0.8 * -0.5 * -1, -0.8 * -3.0 * 0.5],
         [-1.2 * 2, 0.8, -0.8 * 0.5],
+        [1, 1, 1],
     ),
     (
         "dro",
         {"beta": 0.3},
         [-(p * a - 0.15 * (p - q) ** 2) for p, q, a in zip(P, Q, A, strict=True)],
         [-a + 0.3 * (p - q) for p, q, a in zip(P, Q, A, strict=True)],
+        None,
     ),
 ]
 
 
-@pytest.mark.parametrize(("name", "config", "loss", "gradient"), HAND_CASES)
+@pytest.mark.parametrize(("name", "config", "loss", "gradient", "clipped"), HAND_CASES)
 def test_policy_losses_equal_hand_computation(
-    name: str, config: dict, loss: list[float], gradient: list[float]
+    name: str, config: dict, loss: list[float], gradient: list[float], clipped: list[int] | None
 ) -> None:
     p = torch.tensor(P, dtype=torch.float64, requires_grad=True)
     inputs = {"logprobs": torch.tensor(Q, dtype=torch.float64), "advantages": torch.tensor(A, dtype=torch.float64)}
-    loss_N, _ = LOSSES[name].fn(p, inputs, **config)
+    loss_N, diagnostics = LOSSES[name].fn(p, inputs, **config)
     loss_N.sum().backward()
     assert loss_N.tolist() == pytest.approx(loss, abs=1e-9)
     assert p.grad is not None and p.grad.tolist() == pytest.approx(gradient, abs=1e-9)
+    expected = {"ratio": pytest.approx(R)} | ({} if clipped is None else {"clip_fraction": clipped})
+    assert {key: value.tolist() for key, value in diagnostics.items()} == expected
 
 
 @pytest.mark.parametrize(
@@ -446,6 +459,8 @@ def test_data_without_any_weight_have_loss_zero_and_no_gradient() -> None:
     assert all(torch.equal(p, before[name]) for name, p in trainer.named_trainable.items())
     with pytest.raises(DataError, match="detached"):
         trainer.run_custom(data, lambda data_D, logprobs_D: (logprobs_D[0].sum().detach(), {}))
+    with pytest.raises(NonFiniteError, match="custom loss is not finite"):
+        trainer.run_custom(data, lambda data_D, logprobs_D: (logprobs_D[0].sum() * math.inf, {}))
 
 
 # Trap: a micro-batch, or all data, without a token of a loss.

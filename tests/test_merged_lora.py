@@ -27,8 +27,10 @@ def adapted(dtype: str, name: str = "micro") -> Trainer:
     """
     trainer = Trainer(name, BackendConfig(engine="torch", dtype=dtype), lora=LoraConfig(rank=4))  # type: ignore[arg-type]
     with torch.no_grad():
-        for parameter in trainer.base.parameters():
+        for parameter_name, parameter in trainer.base.named_parameters():
             if not parameter.requires_grad:
+                if parameter_name.endswith(".bias"):  # a preset's are 0
+                    parameter.copy_(torch.linspace(-1, 1, len(parameter)))
                 parameter.copy_(parameter.bfloat16())
         for parameter_name, parameter in trainer.named_trainable.items():
             if "lora_B" in parameter_name:

@@ -152,6 +152,10 @@ def test_codes_are_right_on_average_and_squares_never_zero() -> None:
     code, scale = quantized(squares, SQUARE_LEVELS, generator)
     assert code.dtype == torch.uint8 and scale.shape == (4,)
     assert bool((dequantized(code, scale, SQUARE_LEVELS)[squares > 0] > 0).all())
+    # Trap: a small negative value that is rounded to 0, and read as the largest level
+    lowest = float(MEAN_LEVELS[0])
+    small = torch.tensor([1.0, *[-lowest / 2] * 255])
+    assert set(dequantized(*quantized(small, MEAN_LEVELS, generator), MEAN_LEVELS).tolist()) == {1.0, 0.0, -lowest}
     zeros = torch.zeros(300)
     assert not dequantized(*quantized(zeros, MEAN_LEVELS, generator), MEAN_LEVELS).any()
 

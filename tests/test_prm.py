@@ -5,6 +5,7 @@ their scores.
 import asyncio
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,10 +161,11 @@ def label(sampler: ScriptedSampler, solutions: list[tuple[ProblemEnv, Solution]]
 
 def test_labels_are_the_share_of_completions_that_are_right(plain: Renderer, tmp_path: Path) -> None:
     sampler = ScriptedSampler(plain, SHARES)
+    broken_env, cut_off = solve(BROKEN, plain, ended=False)
     solutions = [
         solve(GOOD, plain),
         solve(BAD, plain),
-        solve(BROKEN, plain, ended=False),
+        (broken_env, replace(cut_off, correct=True)),  # a grader may find the answer in it
         solve(GOOD, plain),
         solve("", plain),
     ]
@@ -391,7 +393,13 @@ def test_rewards_are_outcome_plus_the_worst_step(trained: Path, plain: Renderer,
     good, bad, cut, empty = [member["prm"] for member in group.metrics_G]
     assert good > 1 and bad < -1 and cut == empty == -5.0
     assert group.get_total_rewards() == pytest.approx([1 + 0.2 * good, 1 + 0.2 * bad, 0.0, 0.0])
-    assert (metrics["prm/truncated"], metrics["prm/empty"], metrics["prm/no_answer"]) == (0.25, 0.25, 0.0)
+    assert metrics == {
+        "prm/mean": pytest.approx(np.mean([good, bad, cut, empty])),
+        "prm/steps": (3 + 3 + 2 + 1) / 4,
+        "prm/truncated": 0.25,
+        "prm/empty": 0.25,
+        "prm/no_answer": 0.0,
+    }
 
 
 def test_step_advantages_are_the_changes_of_the_probability(plain: Renderer) -> None:

@@ -26,7 +26,7 @@ from recipes.latro.tasks import JsonlBuilder
 from recipes.latro.toy import ToyBuilder
 from recipes.multiplayer import train as multiplayer
 from recipes.prm import train as prm
-from recipes.prm.evaluation import evaluate
+from recipes.prm.evaluation import evaluate, label_noise
 from recipes.star_graph import guided, pretrain
 from recipes.star_graph import train as star_graph
 from recipes.warm_start import seeds_of
@@ -117,6 +117,42 @@ def test_chains_that_are_all_right_or_all_wrong_are_evaluated(right: bool):
     assert results["wrong chains"] == (0 if right else 2) and bool(aligned) != right
     assert np.isnan(results["first wrong step found" if right else "right chains left unmarked"])
     assert results["right chains left unmarked" if right else "first wrong step found"] == float(right)
+
+
+def test_a_process_reward_model_of_chains_is_evaluated_by_hand(tmp_path: Path):
+    tokenizer = load_tokenizer("tiny")
+    (chain,) = ChainTask(num_steps=2, max_total=9, max_term=2, num_test=1).test_chains()
+    first_wrong, last_wrong = ["x", *chain.steps[1:]], [*chain.steps[:-1], "#x"]
+    groups = [  # steps, and the model's probability of each
+        [(chain.steps, [0.9, 0.8, 0.9]), (chain.steps, [0.9, 0.2, 0.9]),
+         (first_wrong, [0.1, 0.2, 0.3]), (last_wrong, [0.7, 0.4, 0.1])],
+        [(first_wrong, [0.2, 0.9, 0.9])] * 4,
+    ]  # fmt: skip
+    solutions, scores = [], []
+    for group in groups:
+        tokens = [[*tokenizer.encode("\n".join(steps)), tokenizer.eos_token_id] for steps, _ in group]
+        solutions.append([Solution(chain.question, [1], one, "", False) for one in tokens])
+        logits = [np.log(p) - np.log1p(-np.array(p)) for _, p in group]
+        scores.append([StepScores(logits_S, [0, 1, 2, 3], None) for logits_S in logits])
+    results, aligned = evaluate([chain] * 2, solutions, scores, get_renderer("plain", tokenizer), prm.FORM)
+    expected = {
+        "first wrong step found": (1 / 2 + 1) / 2,
+        "first wrong step found, standard error": 0.25,
+        "... by always guessing the commonest": 5 / 6,
+        "... by drawing a step": 1 / 3,
+        "right chains left unmarked": 1 / 2,
+        "wrong chains": 6,
+    }
+    assert {name: results[name] for name in expected} == pytest.approx(expected)
+    by_step = {0: [0.1, 0.1, *[0.2] * 4], 1: [0.2, *[0.9] * 4], 2: [0.3, *[0.9] * 4], -2: [0.7], -1: [0.4]}
+    assert {step: sorted(values) for step, values in aligned.items()} == {
+        step: pytest.approx(values) for step, values in by_step.items()
+    }
+    labelled = [(chain.steps, [1, 0, 1]), ([chain.steps[0], "x", "#x"], [1, 1, 0])]
+    records = [{"input": chain.question, "output": steps, "label": label} for steps, label in labelled]
+    write_jsonl(tmp_path / "labels.jsonl", records)
+    noise = label_noise({chain.question: chain}, tmp_path / "labels.jsonl")
+    assert list(noise.values()) == [1 / 4, 1 / 2, 6, 4 / 6], noise
 
 
 @pytest.mark.parametrize("task", [ChainTask(max_total=9, max_term=5), ChainTask(max_total=999, num_steps=7)])

@@ -241,7 +241,9 @@ def test_a_scalar_model_learns_is_saved_and_scores_rollouts(tmp_path, torch_serv
     group = TrajectoryGroup([rolled_out(renderer, answer) for answer in answers], [0.5] * 4, [{} for _ in answers])
     step_metrics = asyncio.run(reward([group]))
     assert group.final_rewards_G == pytest.approx([0.5 + 2 * score for score in scores], abs=rounded(1e-4))
-    assert step_metrics["reward_model/mean"] == pytest.approx(np.mean(scores), abs=rounded(1e-4))
+    assert step_metrics == pytest.approx(
+        {"reward_model/mean": np.mean(scores), "reward_model/std": np.std(scores)}, abs=rounded(1e-4)
+    )
 
     with pytest.raises(ConfigError, match="was trained with renderer_name=plain"):
         ScalarModelBuilder(path=path, renderer_name="role_colon")(tokenizer)
@@ -306,12 +308,15 @@ def test_the_command_trains_from_a_file(tmp_path):
 
 
 def test_evaluation_by_hand():
-    evaluation = Evaluation(np.array([0.8, 0.6, -0.2, 0.4]), np.array([0.6, -0.4, -0.4, 0.2]), np.array([1, 1, 1, 0]))
+    forward = np.array([0.8, 0.6, -0.2, -0.4, 0.9, -1.0, 1.0])
+    reverse = np.array([0.6, -0.4, -0.4, -0.2, 0.94, -0.92, 1.0])
+    evaluation = Evaluation(forward, reverse, np.array([1, 1, 1, 0, 1, 1, 1]))
     metrics = evaluation.metrics()
-    assert metrics["accuracy"] == pytest.approx(2 / 3) and metrics["comparisons"] == 3 and metrics["ties"] == 1
-    assert metrics["swap_agreement"] == pytest.approx(2 / 3) and metrics["tie_leaning"] == pytest.approx(0.3)
-    # confidences 0.85 (right), 0.55 (right), 0.65 (wrong), each alone in its bin
-    assert metrics["ece"] == pytest.approx((0.15 + 0.45 + 0.65) / 3)
+    assert metrics["accuracy"] == pytest.approx(2 / 3) and metrics["comparisons"] == 6 and metrics["ties"] == 1
+    assert metrics["accuracy_stderr"] == pytest.approx(math.sqrt(2 / 3 * 1 / 3 / 6))
+    assert metrics["swap_agreement"] == pytest.approx(5 / 6) and metrics["tie_leaning"] == pytest.approx(0.3)
+    # confidences 0.85 (right), 0.55 (right), 0.65 (wrong), each alone in its bin; 0.96, 0.98 (wrong) and 1 in the last
+    assert metrics["ece"] == pytest.approx((0.15 + 0.45 + 0.65 + 3 * (0.98 - 2 / 3)) / 6)
 
 
 def test_an_undecided_judge_is_not_half_right_and_one_that_likes_a_side_disagrees_with_itself():

@@ -94,6 +94,9 @@ def test_temperature_track_appears_when_some_token_was_tempered() -> None:
     tempered = TrajectoryGroup([Trajectory([turn([1], [2, 3], [-1, -1], temperature=0.5)])], [0.0], [{}])
     (datum,) = training_data([tempered], [np.array([1.0])])
     assert datum.loss_fn_inputs["temperature"].tolist() == [0.5, 0.5]
+    turns = [turn([1], [2], [-1], temperature=temperature) for temperature in (0.5, 1.0, 0.0)]
+    mixed = rows_of([TrajectoryGroup([Trajectory([one]) for one in turns], [0.0] * 3, [{}] * 3)])
+    assert [row.datum().loss_fn_inputs["temperature"].tolist() for row in mixed] == [[0.5], [1.0], [1.0]]
 
 
 def test_advantage_estimators_by_hand() -> None:
@@ -182,10 +185,11 @@ def test_the_names_of_the_runs_own_metrics_are_refused() -> None:
 
 
 def test_trajectory_metrics_by_hand() -> None:
-    mixed, good, bad = group([0, 1], ["a"], correct=0.5), group([1, 1], ["b"]), group([0, 0], ["b"])
+    mixed, good, bad = group([0, 1], ["a", "x"], correct=0.5), group([1, 1], ["b", "x"]), group([0, 0], ["c", "x"])
     metrics = compute_trajectory_metrics([mixed, good, bad])
     assert metrics["env/all/reward/total"] == pytest.approx(0.5)
-    assert metrics["env/b/reward/total"] == pytest.approx(0.5) and metrics["env/a/reward/total"] == pytest.approx(0.5)
+    assert [metrics[f"env/{tag}/reward/total"] for tag in "abc"] == [0.5, 1.0, 0.0]
+    assert not any(name.startswith("env/x/") for name in metrics), "all groups have it"
     assert metrics["env/all/correct"] == 0.5 and "env/b/correct" not in metrics
     fractions = [metrics[f"env/all/by_group/frac_{kind}"] for kind in ("mixed", "all_good", "all_bad")]
     assert fractions == pytest.approx([1 / 3] * 3)
