@@ -8,12 +8,14 @@ from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any, TypeVar
 
+from rl.types import RolloutError
+
 T = TypeVar("T")
 
 
 async def in_own_thread(function: Callable[..., T], *arguments: Any, **keywords: Any) -> T:
     """As asyncio.to_thread, which has few threads for all: a function that never returns takes none of
-    them from others, and the program ends without it."""
+    them from others, and the program ends without it. RolloutError where the system starts no more threads."""
     loop, ended = asyncio.get_running_loop(), asyncio.Event()
     outcome: Future[T] = Future()
     context = contextvars.copy_context()
@@ -26,6 +28,10 @@ async def in_own_thread(function: Callable[..., T], *arguments: Any, **keywords:
         with suppress(RuntimeError):  # the loop was closed meanwhile
             loop.call_soon_threadsafe(ended.set)
 
-    threading.Thread(target=work, name=f"calls {getattr(function, '__name__', 'a function')}", daemon=True).start()
+    thread = threading.Thread(target=work, name=f"calls {getattr(function, '__name__', 'a function')}", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:  # of the machine, and no answer to a model
+        raise RolloutError(f"{error}: {threading.active_count()} run; lower concurrent_rollouts") from error
     await ended.wait()
     return outcome.result()

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
 import chz
 import numpy as np
@@ -208,6 +209,9 @@ def test_a_call_is_answered_in_text():
     # Trap: a tool that is down taken for an answer.
     with pytest.raises(RolloutError, match="the server is down"):
         answer("fails", how="down")
+    no_more = RuntimeError("can't start new thread")
+    with patch("threading.Thread.start", side_effect=no_more), pytest.raises(RolloutError, match="concurrent_rollouts"):
+        answer("plan", place="é", days=1)
 
 
 # --- an episode by hand -------------------------------------------------------------------------
