@@ -105,12 +105,13 @@ def with_context(renderer: Renderer, context: str) -> Renderer:
 @dataclass
 class TeacherTargets:
     """A dataset with the teacher's targets for the tokens that carry weight. `read` is the same
-    dataset as the teacher reads it."""
+    dataset as the teacher reads it; `vocabulary` the student's, whose padding may be shorter."""
 
     dataset: SupervisedDataset
     read: SupervisedDataset
     teacher: SamplingClient
     config: Config
+    vocabulary: int
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -122,12 +123,12 @@ class TeacherTargets:
     def get_batch(self, index: int) -> list[Datum]:
         data_D, read_D = self.dataset.get_batch(index), self.read.get_batch(index)
         params = SamplingParams(max_tokens=1, seed=0, temperature=0.0)
-        answers_D = [
-            self.teacher.sample(_whole(datum), 1, params, topk_prompt_logprobs=self.config.top_k) for datum in read_D
-        ]
+        # more, where it has ids that the student lacks: they may be among its most likely
+        k = self.config.top_k + max(0, self.teacher.vocabulary - self.vocabulary)
+        answers_D = [self.teacher.sample(_whole(datum), 1, params, topk_prompt_logprobs=k) for datum in read_D]
         entries_D = [answer.result().topk_prompt_logprobs for answer in answers_D]
         return [
-            with_targets(datum, read, entries[1:], self.config.top_k, self.config.rest)
+            with_targets(datum, read, entries[1:], self.config.top_k, self.config.rest, self.vocabulary)
             for datum, read, entries in zip(data_D, read_D, entries_D, strict=True)
             if entries
         ]
@@ -139,10 +140,15 @@ def _whole(datum: Datum) -> ModelInput:
 
 
 def with_targets(
-    datum: Datum, read: Datum, entries_T: Sequence[list[tuple[int, float]] | None], top_k: int, rest: bool
+    datum: Datum,
+    read: Datum,
+    entries_T: Sequence[list[tuple[int, float]] | None],
+    top_k: int,
+    rest: bool,
+    vocabulary: int,
 ) -> Datum:
-    """`entries_T`: (token, logprob) of the teacher for each position of `read`. DataError if the
-    teacher's trained tokens are not the student's."""
+    """`entries_T`: (token, logprob) of the teacher for each position of `read`; ids from `vocabulary` on, which the
+    student lacks, are among all other tokens. DataError if the teacher's trained tokens are not the student's."""
     at_N, read_at_N = (np.flatnonzero(d.loss_fn_inputs["weights"].array) for d in (datum, read))
     trained, trained_there = (
         d.loss_fn_inputs["target_tokens"].array[at] for d, at in ((datum, at_N), (read, read_at_N))
@@ -155,7 +161,8 @@ def with_targets(
     length = datum.model_input.length
     targets_TK, teacher_TK = np.zeros((length, top_k), np.int64), np.zeros((length, top_k), np.float32)
     for at, read_at in zip(at_N, read_at_N, strict=True):
-        best = sorted(entries_T[read_at] or [], key=lambda entry: -entry[1])[:top_k]
+        known = [entry for entry in entries_T[read_at] or [] if entry[0] < vocabulary]
+        best = sorted(known, key=lambda entry: -entry[1])[:top_k]
         targets_TK[at, : len(best)] = [token for token, _ in best]
         teacher_TK[at, : len(best)] = np.exp([logprob for _, logprob in best])
     rest_T = np.zeros(length, np.float32)
@@ -204,8 +211,8 @@ async def main(config: Config) -> Metrics:
         teacher = open_frozen(service, config.teacher)
         evaluator = None
         if test_dataset is not None and test_read is not None and config.eval_every:
-            evaluator = Evaluator(test_dataset, TeacherTargets(test_dataset, test_read, teacher, config))
-        targets = TeacherTargets(dataset, read, teacher, config)
+            evaluator = Evaluator(test_dataset, TeacherTargets(test_dataset, test_read, teacher, config, client.vocabulary))
+        targets = TeacherTargets(dataset, read, teacher, config, client.vocabulary)
         headline = {"train_teacher_kl": "kl", "test/teacher_kl": "test kl"}
         metrics = await training_loop(
             config, folder, client, targets, TopK(), evaluator, name="distill", headline=headline, custom=custom

@@ -180,6 +180,14 @@ class OddTasks(RLDatasetBuilder):
         return self.returns
 
 
+class OfNegativeLength:
+    def get_batch(self, index: int) -> list[Any]:
+        return []
+
+    def __len__(self) -> int:
+        return -1
+
+
 # Trap: builders that training checks, and evaluation or play does not.
 def test_a_builder_of_environments_is_checked_in_training_evaluation_and_play(tmp_path: Path) -> None:
     def trained(env: RLDatasetBuilder) -> Any:
@@ -195,6 +203,7 @@ def test_a_builder_of_environments_is_checked_in_training_evaluation_and_play(tm
         (SyncTasks(), "SyncTasks.__call__ must be an `async def`"),
         (OddTasks(), "OddTasks returned None, not a training set and a held-out set"),
         (OddTasks(returns=(None, None)), "OddTasks returned None, which is not an RLDataset"),
+        (OddTasks(returns=(OfNegativeLength(), None)), "whose length cannot be taken: __len__.. should return >= 0"),
         (InterleavedBuilder(builders=[OddTasks()]), "OddTasks returned None, not a training set"),
     ]:
         for use in (trained, evaluated, played):

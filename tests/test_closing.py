@@ -14,11 +14,13 @@ import pytest
 import torch
 
 from envs.twenty_questions import TwentyQuestionsBuilder
+from posttrain.backend import engines as engines_module
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.engine import EngineThread
 from posttrain.backend.errors import ClosedError, EngineError
 from posttrain.backend.futures import InOrder
 from posttrain.backend.service_client import ServiceClient
+from posttrain.backend.tokenizers import load_tokenizer as load
 from posttrain.backend.types import Datum
 from rl import train
 from rl.frozen_policy import FrozenPolicy
@@ -64,6 +66,19 @@ def test_an_engine_goes_with_its_last_client(torch_service: ServiceClient, new_e
         service = ServiceClient(BackendConfig(engine="torch"))
         assert service.create_sampling_client(base_model="micro").sample(prompt_of(5), 1, LONG).result(PATIENCE)
     wait_until(lambda: new_engines() == 0)
+
+
+# Trap: seconds for a vocabulary of 130,000, for each of a run's models and each model of a server.
+def test_clients_of_one_model_share_its_tokenizer(
+    torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(
+        engines_module, "load_tokenizer", lambda name, length: (read.append(name), load(name, length))[1]
+    )
+    first = torch_service.create_training_client("micro")
+    second, frozen = torch_service.create_training_client("micro"), torch_service.create_sampling_client(None, "micro")
+    assert first.get_tokenizer() is second.get_tokenizer() is frozen.get_tokenizer() and read == ["micro"]
 
 
 def test_the_engine_of_a_frozen_policy_goes_with_the_run_that_asked_it(

@@ -60,6 +60,14 @@ class Engines:
         self._running: weakref.WeakSet[EngineThread | SamplerPool] = weakref.WeakSet()
         self._shared: dict[tuple[str, int], EngineThread | SamplerPool] = {}
         self._lock = threading.Lock()
+        self._tokenizers: weakref.WeakValueDictionary[str, PreTrainedTokenizerBase] = weakref.WeakValueDictionary()
+
+    def tokenizer(self, name: str) -> PreTrainedTokenizerBase:
+        """A model's, which clients of one name share: a large vocabulary takes seconds to read."""
+        tokenizer = self._tokenizers.get(name)
+        if tokenizer is None:
+            tokenizer = self._tokenizers[name] = load_tokenizer(name, self.config.max_length)
+        return tokenizer
 
     def new_policy(self) -> Policy:
         return Policy(self.memory, self.shares)
@@ -147,7 +155,7 @@ class Engines:
     def _freeze(self, name: str, model: PreTrainedModel, owner: SharedBase | None = None) -> SamplingClient:
         if bad := not_finite(dict(model.named_parameters())):
             raise ModelError(f"{name} has weights that are NaN or infinite ({len(bad)} tensors, such as {bad[0]})")
-        tokenizer, length = load_tokenizer(name, self.config.max_length), context_length(name, self.config.max_length)
+        tokenizer, length = self.tokenizer(name), context_length(name, self.config.max_length)
         source = SampledModel(model, compute_dtype(training_device(self.config), self.config), owner)
         rank = max((update.a_RI.shape[0] for update in layer_updates(model).values()), default=0)
         policy, version = self.new_policy(), WeightVersion(0, source.sampler_weights)

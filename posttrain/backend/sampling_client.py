@@ -40,7 +40,7 @@ class SamplingClient(Ready):
         keep: bool = True,
     ):
         self._base_model, self._policy, self._keep = base_model, policy, keep
-        self._engine, self._tokenizer, self.max_length, self._vocabulary = engine, tokenizer, max_length, vocabulary
+        self._engine, self._tokenizer, self.max_length, self.vocabulary = engine, tokenizer, max_length, vocabulary
         self._version = None if follow else policy.newest
         self._let_go = engine.hold(self)
         self._let_version_go = self._version.hold(self) if self._version and keep else None
@@ -92,17 +92,17 @@ class SamplingClient(Ready):
         if not isinstance(sampling_params, SamplingParams):
             raise DataError(f"the sampling_params are {sampling_params!r:.100}, not SamplingParams")
         stops = sampling_params.stop if isinstance(sampling_params.stop, Sequence) else ()
-        if wrong := [stop for stop in stops if isinstance(stop, int) and not 0 <= stop < self._vocabulary]:
-            raise RangeError("stop", wrong[0], f"a token of the vocabulary of {self._vocabulary}, or a text")
+        if wrong := [stop for stop in stops if isinstance(stop, int) and not 0 <= stop < self.vocabulary]:
+            raise RangeError("stop", wrong[0], f"a token of the vocabulary of {self.vocabulary}, or a text")
         _check_topk(
-            self._vocabulary, topk_prompt_logprobs=topk_prompt_logprobs, topk_sample_logprobs=topk_sample_logprobs
+            self.vocabulary, topk_prompt_logprobs=topk_prompt_logprobs, topk_sample_logprobs=topk_sample_logprobs
         )
         if prompt_logprobs_last_n is not None and not (include_prompt_logprobs or topk_prompt_logprobs):
             raise ConfigError("prompt_logprobs_last_n is of prompt logprobs: set include_prompt_logprobs")
         last = _check_last(tokens, prompt_logprobs_last_n)
         room = self._check(tokens, num_samples)
         max_tokens = min(room, sampling_params.max_tokens or room)
-        check_scores(len(tokens), self._vocabulary, target_prompt_logprobs, prompt_alt_tokens_k)
+        check_scores(len(tokens), self.vocabulary, target_prompt_logprobs, prompt_alt_tokens_k)
         seed = sampling_params.seed if sampling_params.seed is not None else next(self._policy.unseeded_calls) << 20
         topk = topk_prompt_logprobs if include_prompt_logprobs or topk_prompt_logprobs else None
         scores = None
@@ -177,9 +177,9 @@ class SamplingClient(Ready):
         if not tokens:
             raise DataError("the prompt is empty: there is nothing to sample from")
         check_prompt_fits(len(tokens), self.max_length)
-        if not 0 <= min(tokens) <= max(tokens) < self._vocabulary:
+        if not 0 <= min(tokens) <= max(tokens) < self.vocabulary:
             raise DataError(
-                f"the prompt has a token outside the vocabulary of {self._vocabulary}: was it made with another "
+                f"the prompt has a token outside the vocabulary of {self.vocabulary}: was it made with another "
                 "tokenizer?"
             )
         if needs := COUNT.needs(num_samples):

@@ -34,7 +34,6 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.scalar_trainer import ScalarTrainer
 from posttrain.backend.sdk_keywords import ignore, say_once
 from posttrain.backend.spans import Spans
-from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.trainer_group import TrainerGroup, TrainerRanks
 from posttrain.backend.training_client import TrainingClient
@@ -128,7 +127,7 @@ class ServiceClient:
         return self._ranks.open(kind, base_model, seed, lora)
 
     def _open_training_client(self, trainer: Trainer | TrainerGroup) -> TrainingClient:
-        tokenizer = load_tokenizer(trainer.model_name, self.config.max_length)
+        tokenizer = self._engines.tokenizer(trainer.model_name)
         client = TrainingClient(trainer, tokenizer, self._engines, self._checkpoint_dir)
         self._training_clients.add(client)
         release_workers()  # the calling thread made the weights

@@ -62,6 +62,11 @@ class TrainingClient(Ready):
         self._exported: dict[str, int] = {}
         self._failed: BaseException | None = None
 
+    @property
+    def vocabulary(self) -> int:
+        """The number of the model's token ids, padding included."""
+        return self._trainer.vocabulary
+
     # --- training --------------------------------------------------------------------------------
 
     def forward(

@@ -83,4 +83,8 @@ def train_and_test(builder: object, result: object, *methods: str) -> tuple[Any,
         for method in methods:
             if not callable(getattr(dataset, method, None)):
                 raise DataError(f"{name} returned {dataset!r:.100}, which is not a data set: it has no {method}")
+        try:
+            _ = len(dataset) if hasattr(dataset, "__len__") else 0
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{name} returned {dataset!r:.100}, whose length cannot be taken: {error}") from error
     return train, test

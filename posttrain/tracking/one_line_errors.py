@@ -11,7 +11,7 @@ from typing import NoReturn
 
 from posttrain.backend.errors import CookbookError
 from posttrain.tracking.how_to_resume import how_to_resume
-from posttrain.tracking.own_frames import own_traceback
+from posttrain.tracking.own_frames import called_by_a_loop, own_traceback
 from posttrain.tracking.stop_request import silence
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # the disk, a quota, the largest file that is allowed (ulimit -f)
@@ -48,7 +48,9 @@ def one_line_errors() -> Iterator[Command]:
         if (text := _os_error_text(error)) is None:
             raise
         _leave(f"error: {text}", 2)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # sys.exit(0) in an environment's code is no end of a run
+        if isinstance(error, SystemExit) and not called_by_a_loop(error):
+            raise
         if (text := own_traceback(error, command.log_path)) is None:
             raise
         _leave(text, 1)

@@ -27,6 +27,14 @@ def own_traceback(error: BaseException, folder: str | None) -> str | None:
     return f"error in your code (all frames: {file}):\n{''.join(lines)}".rstrip()
 
 
+def called_by_a_loop(error: BaseException) -> bool:
+    """Whether a loop of the project called the user's code that raised: not the user's own `main`, which a command
+    runs."""
+    frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    start = next((i for i, name in enumerate(frames) if i and _is_users(name) and not _is_users(frames[i - 1])), 0)
+    return any(_in_project(name) and Path(name).parent != Path(__file__).parent for name in frames[:start])
+
+
 def _write(text: str, folder: str | None) -> Path:
     file = Path(folder or "") / FILE
     if not folder or not file.parent.is_dir():
