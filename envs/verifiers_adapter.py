@@ -34,7 +34,6 @@ from rl.message_env import EnvFromMessageEnv, MessageEnd, MessageEnv, MessageSte
 from rl.step_checks import is_reserved
 from rl.types import EnvGroupBuilder, Metrics, Observation, RLDataset, RLDatasetBuilder, StopCondition
 
-
 CLASSIC, TASKSETS = Version("0.1.14"), Version("0.4")  # the oldest whose names are known here
 
 
