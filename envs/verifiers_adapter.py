@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import chz
 import numpy as np
+from packaging.version import Version
 
 from envs.problem import GraderError
 from envs.verifiers_calls import Answerer
@@ -32,6 +33,8 @@ from posttrain.tracking.datasets import ListDataset, held_out
 from rl.message_env import EnvFromMessageEnv, MessageEnd, MessageEnv, MessageStep, ParsePolicy
 from rl.step_checks import is_reserved
 from rl.types import EnvGroupBuilder, Metrics, Observation, RLDataset, RLDatasetBuilder, StopCondition
+
+CLASSIC, TASKSETS = Version("0.1.14"), Version("0.4")  # the oldest whose names are known here
 
 
 class Host(Protocol):
@@ -48,7 +51,13 @@ class Host(Protocol):
 def host(taskset: str, config: str, limit: int) -> Host:
     """The environment, loaded once, by the library's version. ConfigError if it cannot be."""
     try:
-        if version("verifiers").startswith("0.1."):
+        found = Version(version("verifiers"))
+        if found < CLASSIC or Version("0.2") <= found < TASKSETS:
+            raise ConfigError(
+                f"verifiers {found} is installed, and {TASKSETS} is needed, or {CLASSIC} for classic environments: "
+                f"{how_to_install('verifiers')}"
+            )
+        if found < TASKSETS:
             from envs.verifiers_classic import ClassicHost as Loaded
         else:
             from envs.verifiers_host import Host as Loaded

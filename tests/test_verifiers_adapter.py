@@ -353,3 +353,11 @@ def test_a_tool_is_called(tasksets):
 def test_what_cannot_be_used_is_one_clear_error(tasksets, taskset, config, message):
     with pytest.raises(ConfigError, match=f"(?s){message}"):
         asyncio.run(builder(taskset, env_config=config)(RENDERER))
+
+
+# Trap: the taskset blamed for what a version of the library lacks.
+@pytest.mark.parametrize("found", ["0.1.12", "0.2.1", "0.3.1"])
+def test_a_version_of_the_library_that_is_not_known_is_named(found: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "version", lambda package: found)
+    with pytest.raises(ConfigError, match=rf"verifiers {found} is installed, and 0.4 is needed, or 0.1.14 for classic"):
+        adapter.host("no-such-taskset", "{}", 1)
