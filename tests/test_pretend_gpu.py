@@ -24,7 +24,7 @@ from posttrain.backend.trainer import Trainer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from tests.conftest import random_tokens, trainer_of
-from tests.pretend_gpu import GPU, OnGpu, aten, computed, pretend_gpu
+from tests.pretend_gpu import GPU, MOVES, OnGpu, aten, computed, pretend_gpu
 from tests.test_scalar_model import scalars, train
 
 GAP = 0.05  # nats, mean: of bf16
@@ -244,6 +244,28 @@ def test_nothing_computes_while_an_engine_may_open(
         client.save_weights_for_sampler("policy").result()
         client.load_state_with_optimizer(client.save_state("state").result().path).result()
     assert not without_lock
+
+
+@pytest.mark.parametrize("settings", [{}, {"moments": "8bit"}, {"moments": "8bit", "master_weights": False}])
+def test_a_step_of_the_optimizer_copies_nothing_to_the_gpu(
+    settings: dict[str, Any], gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would wait there for all that the GPU computes, for each weight."""
+    moved: list[torch.Size] = []
+
+    def noted(func: Any, args: Any, kwargs: Any) -> Any:
+        if func in MOVES and any(isinstance(x, torch.Tensor) and not isinstance(x, OnGpu) for x in tree_leaves(args)):
+            moved.append(args[0].shape)
+        return computed(func, args, kwargs)
+
+    trainer = Trainer("micro", BackendConfig(**settings))
+    for _ in range(2):
+        trainer.run(policy_data(), "importance_sampling")
+        moved.clear()  # the first step makes what the others need
+        with monkeypatch.context() as patched:
+            patched.setattr(tests.pretend_gpu, "computed", noted)
+            trainer.optim_step(AdamParams(1e-3, grad_clip_norm=1.0))
+    assert not moved
 
 
 def test_numbers_of_two_devices_do_not_meet(gpu: None) -> None:

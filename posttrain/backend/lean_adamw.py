@@ -3,6 +3,7 @@ stochastic, so small changes count on average; its random numbers depend on (see
 only, so a resumed run draws the same.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,8 +51,8 @@ class LeanAdamW(torch.optim.Optimizer):
         weight.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**count))
         del gradient, denominator
         if self.eight_bits:
-            state["exp_avg"], state["exp_avg_scale"] = quantized(mean, MEAN_LEVELS, generator)
-            state["exp_avg_sq"], state["exp_avg_sq_scale"] = quantized(square, SQUARE_LEVELS, generator)
+            for slot, values in zip(MOMENTS, (mean, square), strict=True):
+                state[slot], state[f"{slot}_scale"] = quantized(values, _levels(p.device)[slot], generator)
         p.copy_(to_bf16(weight, generator) if p.dtype == torch.bfloat16 else weight)
 
     def slots(self, p: torch.Tensor) -> Slots:
@@ -64,8 +65,13 @@ class LeanAdamW(torch.optim.Optimizer):
     def _read(self, state: dict[str, Any], slot: str, p: torch.Tensor) -> torch.Tensor:
         if not self.eight_bits:
             return state[slot]
-        levels = MEAN_LEVELS if slot == "exp_avg" else SQUARE_LEVELS
-        return dequantized(state[slot], state[f"{slot}_scale"], levels)
+        return dequantized(state[slot], state[f"{slot}_scale"], _levels(p.device)[slot])
+
+
+@cache
+def _levels(device: torch.device) -> dict[str, torch.Tensor]:
+    """Of each moment. Once: to copy them to a GPU is to wait for all it computes."""
+    return dict(zip(MOMENTS, (MEAN_LEVELS.to(device), SQUARE_LEVELS.to(device)), strict=True))
 
 
 def quantized(
