@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 from transformers import Cache, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from posttrain.backend.logprobs import LogitTransform
 
@@ -124,6 +125,15 @@ def kernel_of_attention(config: PretrainedConfig) -> str | None:
     """For transformers' attn_implementation. Its default, SDPA, leaves out a softcap of the scores
     (Gemma 2) without a word."""
     return "eager" if getattr(config.get_text_config(), "attn_logit_softcapping", None) else None
+
+
+def heads_that_keep_scores(config: PretrainedConfig) -> int:
+    """Query heads, over all layers, whose kernel keeps the scores of all pairs of tokens for the backward pass: none
+    with SDPA."""
+    text = config.get_text_config()
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    keeps = kernel_of_attention(config) == "eager" or not getattr(known, "_supports_sdpa", True)
+    return sum(heads for heads, _, _ in heads_of_layers(text)) if keeps and hasattr(text, "num_attention_heads") else 0
 
 
 def bound_steps_as_configured(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ import chz
 import torch
 from transformers import PretrainedConfig
 
-from posttrain.backend.architectures import attention_windows
+from posttrain.backend.architectures import attention_windows, heads_that_keep_scores
 from posttrain.backend.attention import packs
 from posttrain.backend.batching import SHARED_ROW_TOKENS
 from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, training_device
@@ -37,6 +37,8 @@ VLLM_BYTES = {"cpu": int(0.45 * GIB), "cuda": 2 * GIB}  # not on Apple's GPU
 PACKED_LAYERS, PACKED_HEADS = 0.65, 4.8
 PROMPT_BYTES = GIB  # of prompts that the torch sampler reads in one pass
 SAMPLER_BYTES = 28  # per sequence and token of the vocabulary: logits, logprobs, their running sums
+# Per head and pair of tokens, where a kernel keeps its scores: capped and as probabilities, in fp32 or thrice in less.
+KEPT_SCORE_BYTES = 8
 FEWEST_TOKENS = 512  # of a micro-batch that is still suggested
 # A run is not planned in detail where it surely fits.
 SURELY = 0.25
@@ -165,6 +167,8 @@ class PlannedRun:
     def _training(self) -> dict[str, int]:
         tokens = self.backend.micro_batch_tokens
         parts = {f"activations of {tokens} tokens": self._activations(tokens), "head": self._head(tokens)}
+        scores = self._scores(tokens)
+        parts |= {f"scores of all pairs of {min(tokens, self.max_length)} tokens": scores} if scores else {}
         return parts | ({"masks of shared prefixes": masks} if (masks := self._masks(tokens)) else {})
 
     def _stepping(self) -> dict[str, int]:
@@ -183,6 +187,17 @@ class PlannedRun:
             return 0
         longest = min(self.backend.shared_row_tokens or SHARED_ROW_TOKENS, tokens)
         return tokens * longest * (1 + self.compute.itemsize * len(set(windows.values())))
+
+    def _scores(self, tokens: int) -> int:
+        """Of kernels that keep them, in a micro-batch of the longest rows; packed rows keep none."""
+        if (
+            packs(self.backend.attention, self.device)
+            and attention_windows(self.hf_config, self.max_length) is not None
+        ):
+            return 0
+        pairs = tokens * min(tokens, self.max_length)
+        kept = KEPT_SCORE_BYTES * heads_that_keep_scores(self.hf_config) * pairs
+        return kept // self.size.layers if self.backend.gradient_checkpointing else kept
 
     def _activations(self, tokens: int) -> int:
         """Kept from the forward for the backward pass, and the gradients of a layer's MLP."""
@@ -242,7 +257,8 @@ class PlannedRun:
         """Without a fake pass, which takes a second for a large model."""
         size = self.size
         widths = size.layers * (40 * size.hidden + 10 * size.intermediate)
-        rest = 4 * widths * self.backend.micro_batch_tokens + self._head(self.backend.micro_batch_tokens)
+        tokens = self.backend.micro_batch_tokens
+        rest = 4 * widths * tokens + self._scores(tokens) + self._head(tokens)
         for parts in (self._always(), self._stepping(), self._sampling()):
             rest += sum(parts.values())
         return rest < free * SURELY
