@@ -214,6 +214,12 @@ def test_packed_sequences_have_their_starts_and_no_more_tokens_than_the_budget()
     assert padded.starts_N is not None and padded.starts_N.tolist() == [0, 20, 64] and padded.longest == 44
 
 
+def test_padded_rows_fill_the_budget_and_no_more() -> None:
+    data_D = [datum_of(random_tokens(np.random.default_rng(n), length)) for n, length in enumerate((6, 6, 6, 5, 16))]
+    shapes = [tuple(batch.tokens_BT.shape) for batch in micro_batches(data_D, range(5), 10, CPU, share=False)]
+    assert shapes == [(1, 15), (2, 5), (2, 5)]  # a longer row goes alone
+
+
 def test_a_micro_batch_is_made_when_its_turn_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A step of 512 sequences of 32k tokens would hold 670 MB of them."""
     made: list[weakref.ref[MicroBatch]] = []

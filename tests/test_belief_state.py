@@ -103,6 +103,7 @@ def naive_states(m: BeliefState, tokens: list[int]) -> torch.Tensor:
     x, size = m.embedding.weight[tokens], TINY.hidden // TINY.num_heads
     angle = torch.arange(1, len(tokens) + 1)[:, None] * 1e4 ** (-torch.arange(0, size, 2) / size)
     turn = torch.polar(torch.ones_like(angle), angle)
+    block: Any
     for block in m.forward_encoder.blocks:
         parts = (normed(x, block.attention_norm.weight) @ block.attention.qkv.weight.T).split(size, -1)
         heads = []

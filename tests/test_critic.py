@@ -116,6 +116,17 @@ def test_values_have_read_the_tokens_before_the_action_and_go_into_the_advantage
     assert norms[1] == pytest.approx(norms[0], rel=rounded(1e-5))
 
 
+def test_the_critics_rate_is_in_proportion_to_the_policys() -> None:
+    class Client:
+        def optim_step(self, adam: AdamParams) -> None:
+            rates.append(adam.learning_rate)
+
+    rates: list[float] = []
+    critic = Critic(CriticConfig(), Client(), rate=4.0)  # type: ignore[arg-type]
+    critic.optim_step(AdamParams(0.125))
+    assert rates == [0.5]
+
+
 # Trap: rows of conversations that take turns, laid end to end, are not in the order of time.
 def test_a_reward_stays_at_its_turn_where_conversations_take_turns(torch_service) -> None:  # noqa: ANN001
     """A sub-agent (9) answers within its parent's conversation, which then earns 1."""

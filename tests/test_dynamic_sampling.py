@@ -9,8 +9,9 @@ import chz
 import pytest
 
 from posttrain.backend.errors import ConfigError
+from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import ModelInput
-from rl import train
+from rl import group_sources, train
 from rl.group_sources import REFILL, GroupSource
 from rl.likelihood_reward import LikelihoodRewardBuilder
 from rl.rollouts import RolloutLimits
@@ -61,9 +62,14 @@ def groups(client, max_refills: int, state: list | None = None) -> tuple[list[Tr
     return asyncio.run(sample())
 
 
-def test_a_group_is_replaced_until_its_rewards_differ_or_the_limit_is_reached(torch_service) -> None:  # noqa: ANN001
-    client = torch_service.create_training_client("tiny")
+def test_a_group_is_replaced_until_its_rewards_differ_or_the_limit_is_reached(
+    torch_service: ServiceClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client, seeds, rollout = torch_service.create_training_client("tiny"), [], group_sources.do_group_rollout
+    monkeypatch.setattr(group_sources, "do_group_rollout", lambda *given: seeds.append(given[2]) or rollout(*given))
     sampled, state = groups(client, max_refills=2)
+    tried = [(0, 0), (0, 1), (0, 2), (0, 3), (1, 1), (1, 2), (1, 3), (2, 2), (2, 3)]
+    assert sorted(seed[2:] for seed in seeds) == [(refills * REFILL, p) for refills, p in tried]
     assert [group.refills for group in sampled] == [0, 1, 2, 2]
     assert [len(set(group.get_total_rewards())) for group in sampled] == [3, 3, 3, 1]
     # three members of up to 4 tokens in each discarded group

@@ -435,6 +435,14 @@ def test_an_estimator_of_the_users_gives_one_number_for_each_rollout() -> None:
         compute_advantages([group([0, 1, 1])], Wrong())
     assert compute_advantages([group([0, 1, 1])], Listed())[0].tolist() == [1.0, 1.0, 1.0]
 
+    @chz.chz
+    class OneInfinite(GroupMean):
+        def __call__(self, rewards_G: np.ndarray) -> np.ndarray:
+            return np.append(rewards_G[1:], np.inf)
+
+    with pytest.raises(ConfigError, match="advantage=OneInfinite returned .*must be finite"):
+        compute_advantages([group([0, 1, 1])], OneInfinite())
+
 
 def test_token_advantages_are_added_to_the_members() -> None:
     trajectory = Trajectory([turn([1, 2], [3, 4], [-1.0, -2.0])])

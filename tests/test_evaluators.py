@@ -13,6 +13,7 @@ import pytest
 from envs.arithmetic import ArithmeticBuilder, ArithmeticExamplesBuilder
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.types import TensorData
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.command_line import parse
 from posttrain.tracking.metrics_log import Metrics, read_metrics
@@ -24,9 +25,10 @@ from rl.evaluators import EnvEvaluator
 from rl.train_cli import CLIConfig
 from supervised import distill
 from supervised import train as sft
+from supervised.data import datum_from_tokens_weights
 from supervised.evaluators import CustomEvaluator, Evaluated, EvaluatorBuilder
 from supervised.names import EVALUATOR_OPTIONS
-from supervised.nll import DatasetNLL
+from supervised.nll import DatasetNLL, nll_means, nll_sums
 from tests.finished_runs import weights
 
 COMMON: dict[str, Any] = {
@@ -141,3 +143,20 @@ def test_evaluators_by_short_names_and_a_resume_may_change_them() -> None:
     assert not changes(config_to_json(config), config_to_json(without))
     with pytest.raises(ConfigError, match="evaluators.0.num_sample.*did you mean evaluators.0.num_samples"):
         parse(CLIConfig, [*argv, "evaluators.0.num_sample=4"], EVALUATOR_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "weighted"), [("mean", ((1 + 2 + 3) / 3 + 8) / 2), ("sum", (1 + 2 + 3 + 8) / 4)], ids=["mean", "sum"]
+)
+def test_both_means_of_the_likelihood_by_hand(reduction: str, weighted: float) -> None:
+    """An answer of 3 tokens with nll 1, 2, 3, and one of a single token with nll 8. The weighted
+    mean is the loss that is trained on.
+    """
+    data = [
+        datum_from_tokens_weights([9, 5, 6, 7, 8], [0, 0, 1, 1, 1], reduction=reduction),
+        datum_from_tokens_weights([9, 5, 6], [0, 0, 1], reduction=reduction),
+    ]
+    logprobs = [TensorData([0.0, -1.0, -2.0, -3.0]), TensorData([0.0, -8.0])]
+    assert nll_means(nll_sums(data, logprobs)) == pytest.approx((14 / 4, weighted))
+    loss = -sum(float(d.loss_fn_inputs["weights"].array @ p.array) for d, p in zip(data, logprobs, strict=True))
+    assert weighted == pytest.approx(loss / (2 if reduction == "mean" else 4))

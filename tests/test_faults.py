@@ -202,7 +202,7 @@ class DropsAMember(BatchRewardBuilder):
 
 class GameDataset(RLDataset):
     def get_batch(self, index: int) -> Sequence[EnvGroupBuilder]:
-        return [ScriptedGroup(None, None, None, None, independent=False) for _ in range(2)]
+        return [ScriptedGroup(None, None, None, None, independent=False) for _ in range(3)]
 
     def __len__(self) -> int:
         return 1
@@ -225,8 +225,10 @@ def test_a_batch_reward_that_drops_a_seat_loses_its_game(tmp_path: Path) -> None
         backend=BackendConfig(engine="torch"),
     )
     record = asyncio.run(train.main(settings))
-    assert record["env/all/total_episodes"] == 4 and record["train/groups_removed"] == 1
-    assert record["train/groups_constant"] == 1 - record["env/all/by_group/frac_mixed"] == 1  # of the one that is left
+    assert record["env/all/total_episodes"] == 8 and record["train/groups_removed"] == 1
+    assert (
+        record["train/groups_constant"] == 2 and record["env/all/by_group/frac_mixed"] == 0
+    )  # of the two that are left
     assert record["rollout_errors/RolloutError"] == 1 and record["rollout_errors/SeatLost"] == 3
 
 

@@ -44,6 +44,8 @@ def test_gspo_equals_hand_computation() -> None:
     assert LOSSES["gspo"].fn(p, per_token, **CLIP)[0].tolist() == pytest.approx(
         [-s, -2 * s, 1.9, 0.95, -3 * math.exp(0.2)]
     )
+    lower = inputs | {"clip_low_threshold": torch.tensor([0.5, 0.5, 0.5, 0.99, 0.5], dtype=torch.float64)}
+    assert LOSSES["gspo"].fn(p, lower, **CLIP)[0].tolist() == pytest.approx([-s, -2 * s, 2 * s, 0.99, -3 * 1.05])
     unmarked = inputs | {"sequence_ratio_mask": torch.tensor([1.0, 1.0, 0.0, 0.0, 1.0])}  # a ratio of 1, not 0 / 0
     assert LOSSES["gspo"].fn(p, unmarked, **CLIP)[1]["ratio"].tolist() == pytest.approx([s, s, 1, 1, math.exp(0.2)])
 

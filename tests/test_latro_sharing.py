@@ -162,7 +162,9 @@ def test_rows_are_trees_in_which_each_token_sees_its_ancestors(monkeypatch: pyte
     for d, tokens in enumerate(tokens_D):
         weights = np.arange(1, len(tokens) + 1, dtype=np.float32)
         weights[: min(d, len(tokens) - 1)] = 0  # loss begins at different places
-        data_D.append(Datum(ModelInput.from_ints(tokens), {"target_tokens": [*tokens[1:], 20 + d], "weights": weights}))
+        inputs: dict[str, Any] = {"target_tokens": [*tokens[1:], 20 + d], "weights": weights}
+        inputs["temperature"] = np.full(len(tokens), 0.5 if d % 2 else 1.0, np.float32)
+        data_D.append(Datum(ModelInput.from_ints(tokens), inputs))
     shared, alone = Trainer("tiny", BackendConfig()), Trainer("tiny", BackendConfig())
     (batch,) = micro_batches(data_D, range(7), 1000, CPU, share=True)
     assert batch.tokens_BT.tolist() == [[7, 8, 9, 5, 5, 6, 4, 11, 12, 30, 31], [9, 9] + [0] * 9]

@@ -12,7 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from posttrain.backend import lean_adamw
 from posttrain.backend.config import BackendConfig, param_dtype
-from posttrain.backend.errors import CheckpointError, ConfigError
+from posttrain.backend.data_checks import check_finite
+from posttrain.backend.errors import CheckpointError, ConfigError, NonFiniteError
 from posttrain.backend.lean_adamw import (
     MEAN_LEVELS,
     PIECE_BYTES,
@@ -256,3 +257,19 @@ def test_the_reference_of_a_lora_run_is_its_base(dtype: str, tmp_path: Path) -> 
         assert any((a["logprobs"].array != b).any() for a, (b, _) in zip(trained, pairs, strict=True))
         with pytest.raises(ConfigError, match="has no adapter"):
             base.forward(data, "importance_sampling", without_adapter=True).result()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 3e38])
+def test_weights_and_optimizer_state_are_finite_or_named(value: float) -> None:
+    """3e38 is finite, and its square is not."""
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = torch.optim.AdamW([weight])
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    check_finite({"w": weight}, optimizer)
+    optimizer.state[weight]["exp_avg_sq"][2, 1] = value
+    if value == 3e38:
+        check_finite({"w": weight}, optimizer)
+    else:
+        with pytest.raises(NonFiniteError, match="1 of 3 tensors are not finite, first 'exp_avg_sq of w'"):
+            check_finite({"w": weight}, optimizer)

@@ -45,6 +45,9 @@ def group(*tokens: list[int], correct: bool | None = None) -> TrajectoryGroup:
 
 def test_the_penalty_is_in_the_reward_and_the_logged_reward_stays() -> None:
     original = group([3, 4, 5, 6], [7, 8])
+    given = LengthPenalty(kind="overlong", limit=50).checked(max_tokens=100)
+    assert (given.limit, given.buffer) == (50, 10)
+    assert LengthPenalty(kind="kimi", buffer=9).checked(max_tokens=4).kind == "kimi"  # which reads neither
     penalty = LengthPenalty(kind="overlong", coef=2.0, buffer=2).checked(max_tokens=4)
     (penalized,), out = length_penalized([original], penalty)
     assert penalized.get_total_rewards() == [-1.0, 1.0] and original.get_total_rewards() == [1.0, 1.0]

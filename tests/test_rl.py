@@ -186,20 +186,20 @@ def test_the_names_of_the_runs_own_metrics_are_refused() -> None:
 
 def test_trajectory_metrics_by_hand() -> None:
     mixed, good, bad = group([0, 1], ["a", "x"], correct=0.5), group([1, 1], ["b", "x"]), group([0, 0], ["c", "x"])
-    metrics = compute_trajectory_metrics([mixed, good, bad])
-    assert metrics["env/all/reward/total"] == pytest.approx(0.5)
+    metrics = compute_trajectory_metrics([mixed, good, good, bad])
+    assert metrics["env/all/reward/total"] == pytest.approx(5 / 8)
     assert [metrics[f"env/{tag}/reward/total"] for tag in "abc"] == [0.5, 1.0, 0.0]
     assert not any(name.startswith("env/x/") for name in metrics), "all groups have it"
     assert metrics["env/all/correct"] == 0.5 and "env/b/correct" not in metrics
     fractions = [metrics[f"env/all/by_group/frac_{kind}"] for kind in ("mixed", "all_good", "all_bad")]
-    assert fractions == pytest.approx([1 / 3] * 3)
+    assert fractions == [1 / 4, 2 / 4, 1 / 4]
     assert (
         metrics["env/all/total_episodes"],
         metrics["env/all/total_ac_tokens"],
         metrics["env/all/ob_tokens_per_turn"],
     ) == (
-        6,
-        12,
+        8,
+        16,
         2,
     )
 

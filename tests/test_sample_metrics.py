@@ -12,7 +12,7 @@ from envs.problem import Problem
 from posttrain.backend.errors import ConfigError
 from posttrain.renderers import get_renderer
 from rl.evaluators import SamplesEvaluator, answer, sample_metrics, sample_values
-from rl.sample_metrics import best_at_k, maj_at_k, majority, mean_and_stderr, pass_at_k
+from rl.sample_metrics import best_at_k, maj_at_k, majority, mean_and_stderr, pass_at_k, ratio_values
 from rl.types import ModelInput, RolloutError, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 
 
@@ -113,6 +113,12 @@ def test_samples_vote_by_equal_answers_and_not_by_texts():
     assert [answer(turn) for turn in turns] == ["3", "1/2", "3", "1/2", "1/2"]
     assert turns[3].transitions[0].logs["extracted"] == "0.5", "the transcript has it as it was written"
     assert sample_values([TrajectoryGroup(turns, [0.0] * 5, [{}] * 5)], [5])["maj@5"] == [1.0]
+
+
+def test_a_ratio_of_sums_is_linearised_by_hand():
+    """R = 6 / 9; R + (x - R y) / 3."""
+    values = ratio_values([1, 3, 2], [2, 3, 4])
+    assert values == pytest.approx([5 / 9, 1, 4 / 9]) and mean_and_stderr(values)[0] == pytest.approx(6 / 9)
 
 
 def test_evaluator_on_a_policy(torch_service):

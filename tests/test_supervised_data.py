@@ -202,6 +202,9 @@ def test_overlong_examples_are_counted_never_lost_silently(tmp_path, capsys):
     assert (
         "2 longer than 9 tokens truncated (1 of them dropped: nothing to train on was left)" in capsys.readouterr().out
     )
+    last = write(tmp_path / "last.jsonl", {"prompt": "1234567=", "completion": "89"})  # the last token that is left
+    train, _ = PromptCompletionFileBuilder(path=last, max_length=9, batch_size=1, overlong="truncate")(PLAIN)
+    assert texts(train) == ["1234567=8"]
     with pytest.raises(DataError, match=r"sums.jsonl:4: 13 tokens, more than max_length=9"):
         PromptCompletionFileBuilder(path=path, max_length=9, overlong="raise")(PLAIN)
     with pytest.raises(DataError, match="5 examples, 5 longer than 3 tokens dropped: none is left"):
@@ -297,6 +300,20 @@ def test_mixture_follows_its_weights_everywhere_in_the_epoch():
     assert sorted(second_source[:10]) == sorted(second_source[10:20]) and second_source[:10] != second_source[10:20]
     by_size = MixtureDataset([numbered(30), numbered(10, first=100)], weights=[30, 10], batch_size=8)
     assert sorted(sum((numbers(by_size.get_batch(i)) for i in range(5)), [])) == [*range(30), *range(100, 110)]
+
+
+def test_a_mixture_has_all_examples_of_a_data_set_of_the_users():
+    class Own(ListDataset[Datum]):
+        """Makes batches of its own, for all the mixture knows."""
+
+    @chz.chz
+    class OwnBuilder(SupervisedDatasetBuilder):
+        def __call__(self, renderer):
+            return Own(numbered(5), self.batch_size), None
+
+    mixture, _ = MixtureBuilder(builders=[OwnBuilder(), OwnBuilder()], batch_size=2)(PLAIN)
+    drawn = [number for i in range(len(mixture)) for number in numbers(mixture.get_batch(i))]
+    assert sorted(drawn) == sorted([*range(5)] * 2)
 
 
 def test_mixture_is_stateless_and_its_settings_hold_for_all(tmp_path):
