@@ -271,7 +271,7 @@ def test_a_context_changes_what_the_teacher_reads_and_not_what_the_student_does(
 @pytest.mark.parametrize("rest", [True, False])
 def test_a_teachers_ids_beyond_the_students_vocabulary_are_among_all_other_tokens(torch_service, rest: bool) -> None:  # noqa: ANN001
     data = ArithmeticExamplesBuilder(num_digits=1, n_batches=1, batch_size=3, num_test=5)
-    dataset, _ = data(get_renderer("plain", tokenizer()))
+    dataset, _ = data(get_renderer("plain", TINY))
     teacher = torch_service.create_sampling_client(base_model="micro")
     of_all, of_few = (
         distill.TeacherTargets(dataset, dataset, teacher, distill.Config(dataset=data, teacher="micro", top_k=k), n)
