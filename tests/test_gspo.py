@@ -169,7 +169,7 @@ def test_data_of_different_widths_are_passed_in_one_call() -> None:
         assert torch.allclose(gradients(trainer)[name], gradient, atol=rounded(1e-5))
 
     def with_width(p: torch.Tensor, inputs: dict) -> tuple[torch.Tensor, dict]:
-        return -(inputs["weights"] * p), {"width": torch.full(p.shape[:1], float(p[0].numel()))}
+        return -(inputs["weights"] * p), {"width": p.new_full(p.shape[:1], p[0].numel())}
 
     mean = trainer.run(data, with_width, backward=False).metrics["width:mean"]
     assert mean == pytest.approx((6 * (1 + 3 + 1 + 3) + 9 * 2) / 33), "of all tokens, not of widths"
