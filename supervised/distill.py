@@ -211,7 +211,9 @@ async def main(config: Config) -> Metrics:
         teacher = open_frozen(service, config.teacher)
         evaluator = None
         if test_dataset is not None and test_read is not None and config.eval_every:
-            evaluator = Evaluator(test_dataset, TeacherTargets(test_dataset, test_read, teacher, config, client.vocabulary))
+            evaluator = Evaluator(
+                test_dataset, TeacherTargets(test_dataset, test_read, teacher, config, client.vocabulary)
+            )
         targets = TeacherTargets(dataset, read, teacher, config, client.vocabulary)
         headline = {"train_teacher_kl": "kl", "test/teacher_kl": "test kl"}
         metrics = await training_loop(
