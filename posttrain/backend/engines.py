@@ -20,6 +20,7 @@ from posttrain.backend.data_checks import not_finite
 from posttrain.backend.engine import EngineThread
 from posttrain.backend.errors import ConfigError, EngineError, ModelError
 from posttrain.backend.merged_lora import layer_updates
+from posttrain.backend.model_checks import check_sampler
 from posttrain.backend.models import check_has_vocabulary, checkpoint_folder, context_length, load_model
 from posttrain.backend.new_engine import is_reproducible, new_engine
 from posttrain.backend.openmp import release_workers
@@ -168,7 +169,10 @@ class Engines:
             if not self.shares:
                 engine.sync(policy, version)
                 version.drop()
-            return SamplingClient(engine, policy, tokenizer, length, vocabulary_of(model), base_model=name)
+            client = SamplingClient(engine, policy, tokenizer, length, vocabulary_of(model), base_model=name)
+            if not self.shares:  # else the trainer of its base was compared
+                check_sampler(name, model, client, source.dtype, self.config.alarm == "stop")
+            return client
         except BaseException:
             if not self.shares:
                 engine.close()

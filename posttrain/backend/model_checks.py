@@ -1,5 +1,6 @@
 """Checks of a model when it is opened for training: its rows, packed or padded, give each sequence the
-logprobs it has alone, and its head is one that the chunked logprobs know.
+logprobs it has alone, and its head is one that the chunked logprobs know. When it is opened for
+sampling alone: the sampler has transformers' logprobs.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,9 @@ from posttrain.backend.architectures import decoder_of, vocabulary_of
 from posttrain.backend.attention import kernel_gap, packs, set_packing
 from posttrain.backend.batching import WIDTH_BUCKET, micro_batches
 from posttrain.backend.device_lock import computing
-from posttrain.backend.errors import ModelError
+from posttrain.backend.errors import LogprobGapError, ModelError
 from posttrain.backend.logprobs import LogitTransform, fp32_logits, target_logprobs
+from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.trained_model import TrainedModel
 from posttrain.backend.types import Datum, ModelInput
 
@@ -23,6 +25,8 @@ MOST_ROW_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 # Relative difference of an attention kernel's output and gradients from a dense computation in fp32.
 MOST_KERNEL_GAP = {torch.float32: 1e-2, torch.bfloat16: 3e-2}
 LARGE_LOGITS = 20.0  # standard deviation at which caps of 30 and 50 bend
+# Of text, as single tokens of no sense differ more in bf16; below a block of a prefix cache, 16 tokens.
+TEXT, TEXT_TOKENS = "The river rises in the hills to the north and runs for two hundred miles.", 15
 
 
 @computing()
@@ -170,3 +174,31 @@ def row_check_data(vocabulary: int, max_length: int) -> list[Datum]:
     rows = [np.append(shared, rng.integers(vocabulary, size=answer)) for _ in range(3)]
     rows.append(rng.integers(vocabulary, size=min(40, max_length)))
     return [Datum(ModelInput.from_ints(row.tolist()), {"target_tokens": np.roll(row, -1)}) for row in rows]
+
+
+def sampler_gap(model: PreTrainedModel, sampler: SamplingClient) -> float:
+    """Mean |logprob of the sampler - logprob of `model`, its weights by transformers| of a short text."""
+    tokens = sampler.get_tokenizer().encode(TEXT)[: min(TEXT_TOKENS, sampler.max_length - 1)]
+    if len(tokens) < 2 or max(tokens) >= sampler.vocabulary:
+        return 0.0
+    sampled_T = torch.tensor(sampler.compute_logprobs(ModelInput.from_ints(tokens)).result()[1:])
+    with computing(), torch.no_grad():
+        ids_T = torch.tensor(tokens, device=model.device)
+        logits_TV = model(input_ids=ids_T[None, :-1]).logits[0].float()
+        expected_T = logits_TV.log_softmax(-1).gather(-1, ids_T[1:, None])[:, 0].cpu()
+    return float((sampled_T - expected_T).abs().mean())
+
+
+def check_sampler(name: str, model: PreTrainedModel, sampler: SamplingClient, dtype: torch.dtype, stops: bool) -> None:
+    """Of weights that nobody trains no later comparison would show what the sampler computes otherwise.
+    LogprobGapError, or without `stops` a warning."""
+    if (gap := sampler_gap(model, sampler)) <= MOST_ROW_GAP[dtype]:
+        return
+    message = (
+        f"{name}: the sampler's logprobs differ by {gap:.2g} nats per token from those that transformers computes from "
+        "its weights (rounding explains less): it computes this model differently, or lacks some of them. "
+        "backend.engine=torch samples with transformers"
+    )
+    if stops:
+        raise LogprobGapError(f"{message}; backend.alarm=warn continues with a warning")
+    print(f"WARNING {message}", flush=True)
