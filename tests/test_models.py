@@ -3,10 +3,10 @@ says of context and end tokens counts.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ from transformers import (
 )
 
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.errors import CheckpointError, ModelError
+from posttrain.backend.errors import CheckpointError, LogprobGapError, ModelError
 from posttrain.backend.logprobs import PLAIN, LogitTransform
 from posttrain.backend.model_checks import alone, row_check_data, row_gap
 from posttrain.backend.models import context_length, load_model, model_config, new_model
@@ -34,6 +34,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
+from posttrain.backend.weight_copies import SampledModel, base_weights
 from tests.architectures import CONTEXT, FAMILIES, save_random_model
 from tests.conftest import random_tokens, rounded
 
@@ -200,6 +201,25 @@ def test_weights_that_are_not_finite_are_not_sampled_from(tmp_path: Path) -> Non
     service = ServiceClient(BackendConfig(engine="torch"), tmp_path)
     with service, pytest.raises(ModelError, match=f"NaN or infinite .*{LAYER}"):
         service.create_sampling_client(model_path=str(folder))
+
+
+# Trap: in an evaluation there is no trainer that would show what the sampler computes otherwise.
+@pytest.mark.parametrize("alarm", ["stop", "warn"])
+def test_a_sampler_that_computes_otherwise_is_found_without_a_trainer(
+    alarm: Literal["stop", "warn"], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rounded_weights(source: SampledModel) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in base_weights(source.model).items():
+            yield name, (1.2 * tensor if name.endswith("down_proj.weight") else tensor)
+
+    monkeypatch.setattr(SampledModel, "sampler_weights", rounded_weights)
+    with ServiceClient(BackendConfig(engine="torch", alarm=alarm)) as service:
+        if alarm == "warn":
+            service.create_sampling_client(base_model="tiny")
+            assert "WARNING tiny: the sampler's logprobs differ" in capsys.readouterr().out
+        else:
+            with pytest.raises(LogprobGapError, match="tiny: the sampler's logprobs differ .*backend.engine=torch"):
+                service.create_sampling_client(base_model="tiny")
 
 
 # Trap: a run reads the config, for its length, before the model is opened.
