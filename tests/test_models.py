@@ -27,6 +27,7 @@ from transformers import (
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CheckpointError, LogprobGapError, ModelError
 from posttrain.backend.logprobs import PLAIN, LogitTransform
+from posttrain.backend.merged_lora import base_weights
 from posttrain.backend.model_checks import alone, row_check_data, row_gap
 from posttrain.backend.models import context_length, load_model, model_config, new_model
 from posttrain.backend.random_state import drawn_from
@@ -34,7 +35,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
-from posttrain.backend.weight_copies import SampledModel, base_weights
+from posttrain.backend.weight_copies import SampledModel
 from tests.architectures import CONTEXT, FAMILIES, save_random_model
 from tests.conftest import random_tokens, rounded
 
