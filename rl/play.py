@@ -83,7 +83,7 @@ class Person(SamplingClient):
 
     def __init__(self, tokenizer: Tokenizer, seat: str):
         self._tokenizer, self.max_length, self.seat = tokenizer, tokenizer.model_max_length, seat
-        self._vocabulary = len(tokenizer)
+        self.vocabulary = len(tokenizer)
         self.seen: list[int] = []  # the last prompt and the answer to it
 
     async def sample_async(
