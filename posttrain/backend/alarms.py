@@ -119,7 +119,7 @@ class Alarms:
 
 WEIGHTS = (
     "the sampler does not hold the trainer's weights (a sync that was skipped, or left some out), or "
-    "computes this model differently"
+    "computes this model differently (backend.engine=torch samples with transformers)"
 )
 SAMPLED = (
     "the sampler draws at another temperature, reads prefixes cached under older weights, or hands out logprobs of "
