@@ -159,6 +159,8 @@ def read_base(path: Path) -> Base:
         raise CheckpointError(
             f"{path} does not say which model it adapts: set base_model_name_or_path in {ADAPTER_CONFIG_FILE}"
         )
+    if not (seed is None or type(seed) is int) or not (print_ is None or isinstance(print_, str)):
+        raise CheckpointError(f"{path / BASE_FILE} is damaged (seed {seed!r}, fingerprint {print_!r}): {REMEDY}")
     return Base(name, seed, print_)
 
 
