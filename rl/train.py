@@ -14,6 +14,7 @@ from posttrain.advise import warn_of_learning_rate
 from posttrain.backend.alarms import (
     BATCHED,
     PROBE_SAMPLES,
+    PROBE_TOKENS,
     SAMPLED,
     Alarms,
     check_at_start,
@@ -249,7 +250,7 @@ class Loop:
         cut = min(least_certain(datum), len(tokens) - 1)
         try:
             whole, sampled = await sampler_gaps(
-                self.learner.client, client, tokens, cut, temperature, PROBE_SAMPLES, max_tokens=1
+                self.learner.client, client, tokens, cut, temperature, PROBE_SAMPLES, PROBE_TOKENS, first_alone=True
             )
         except NonFiniteError as error:  # the step made the weights infinite
             infinite = NonFiniteError("after this step the policy's logprobs are not finite: its weights are no longer")

@@ -187,6 +187,10 @@ def names_of(fields: Fields) -> str:
 
 
 def unknown(fields: Fields, forms: Mapping[str, Sequence[str]], remedy: str) -> DataError:
+    nearly = [names for names in forms.values() if fields.keys() >= set(names)]
+    nearly.sort(key=lambda names: all(fields[name] is None for name in names))  # columns of other rows' forms last
+    if null := next((name for names in nearly for name in names if fields[name] is None), None):
+        return DataError(f"the field {null!r} is null: fill it, or leave the row out")
     known = "; ".join(f"{name}: {', '.join(names)}" for name, names in forms.items())
     return DataError(
         f"the fields {names_of(fields)} are of no known form. Known are {known}. Other names: dataset=NAME "

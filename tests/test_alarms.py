@@ -17,7 +17,7 @@ import torch
 import posttrain.backend.trainer
 import supervised.train
 from envs.arithmetic import ArithmeticExamplesBuilder
-from posttrain.backend.alarms import PROBE_SAMPLES, Alarms, Gap, example_sequences, sampler_gaps
+from posttrain.backend.alarms import PROBE_SAMPLES, PROBE_TOKENS, Alarms, Gap, example_sequences, sampler_gaps
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import LogprobGapError, NonFiniteError
 from posttrain.backend.routing import Router
@@ -142,6 +142,7 @@ def test_faults_are_found_before_the_first_step(
     [
         *(("synchronous", fault) for fault in [stale_weights, *AT_START]),
         *((mode, fault) for mode in MODES if mode != "synchronous" for fault in (stale_weights, wrong_temperature)),
+        ("asynchronous", shifted_logprobs),  # where no later rollout is on-policy
     ],
     ids=lambda value: getattr(value, "__name__", value),
 )
@@ -203,7 +204,7 @@ def test_a_prefix_cache_that_is_not_dropped_is_found_at_the_first_sync(
         sampler = vllm_client.save_weights_and_get_sampling_client()
         # as a rollout would
         sampler.sample(ModelInput.from_ints(tokens[:150]), 1, SamplingParams(max_tokens=1, seed=0)).result()
-        return asyncio.run(sampler_gaps(vllm_client, sampler, tokens, 150, 0.8, PROBE_SAMPLES, 1))
+        return asyncio.run(sampler_gaps(vllm_client, sampler, tokens, 150, 0.8, PROBE_SAMPLES, PROBE_TOKENS, True))
 
     healthy = gaps_after_a_step()
     with monkeypatch.context() as patch:

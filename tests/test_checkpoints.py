@@ -2,6 +2,7 @@
 another model.
 """
 
+import contextlib
 import json
 import resource
 import shutil
@@ -21,7 +22,7 @@ from posttrain.backend import checkpoints
 from posttrain.backend.atomic_folder import atomic_folder
 from posttrain.backend.checkpoint_files import FORMAT, read_state
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.errors import CheckpointError, NonFiniteError
+from posttrain.backend.errors import CheckpointError, CookbookError, NonFiniteError
 from posttrain.backend.models import load_model
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
@@ -340,3 +341,21 @@ def test_a_kill_between_a_replaced_checkpoint_and_its_record(torch_service: Serv
     Checkpointer(run, client, 0, None).save("final", 1)
     client.save_state(str(run.checkpoints / "final"), extra={"next_step": 2}).result()
     assert Checkpointer(run, client, 0, None).start(None) == 2
+
+
+# Trap: a value of another kind in a file that is JSON nevertheless.
+@pytest.mark.parametrize("value", [-5, "x", [1], {"a": 1}, True, 1.5])
+def test_a_value_of_another_kind_is_one_line(value: object, torch_service: ServiceClient, tmp_path: Path) -> None:
+    client = torch_service.create_training_client("micro", LoraConfig(2))
+    run = open_run_folder(tmp_path / "run", "raise", None)
+    Checkpointer(run, client, 0, None).save("final", 1)
+    folder = run.checkpoints / "final"
+    base = json.loads((folder / "base_model.json").read_text())
+    client.save_state(str(folder), extra={"next_step": value}).result()
+    with pytest.raises(CheckpointError, match="its next_step is .*, no number of steps: copy it again"):
+        Checkpointer(run, client, 0, None).start(None)
+    for key in ("name", "seed", "fingerprint"):
+        (folder / "base_model.json").write_text(json.dumps({**base, key: value}))
+        for opened in (torch_service.create_training_client_from_state, torch_service.create_sampling_client):
+            with contextlib.suppress(CookbookError):  # another name or seed of the right kind may be right
+                opened(str(folder))

@@ -280,6 +280,8 @@ def test_tool_calls_and_tools_of_files_are_trained_on(tmp_path: Path):
             {"query": "a", "reply": "b"},
             "fields 'query', 'reply' are of no known form. Known are messages: messages; ShareGPT",
         ),
+        ({"prompt": "a", "completion": None}, "the field 'completion' is null"),
+        ({"messages": None, "instruction": "a", "output": None}, "the field 'output' is null"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "are preferences, which preference/train_cli.py"),
         ({"prompt": "a", "completion": "b", "label": True}, "KTO"),
         ({"conversations": [{"from": "robot", "value": "a"}]}, "the role 'robot'"),

@@ -195,13 +195,27 @@ def test_an_output_layer_of_its_own_counts_whatever_the_config_says(tmp_path: Pa
             service.create_training_client(str(tied)).load_state(saved).result()
 
 
-# Trap: a diverged model is evaluated, at 0.
-def test_weights_that_are_not_finite_are_not_sampled_from(tmp_path: Path) -> None:
-    folder = save_random_model("Llama 3", tmp_path / "model")
-    with_tensors(lambda tensors: tensors[LAYER][0].fill_(torch.nan))(folder)
-    service = ServiceClient(BackendConfig(engine="torch"), tmp_path)
-    with service, pytest.raises(ModelError, match=f"NaN or infinite .*{LAYER}"):
-        service.create_sampling_client(model_path=str(folder))
+# Trap: a diverged model is evaluated, at 0, or the data or an optimizer step are blamed for it.
+@pytest.mark.parametrize("lora", [None, LoraConfig(rank=4)], ids=["full", "adapter"])
+def test_weights_that_are_not_finite_are_named_when_they_are_opened(lora: LoraConfig | None, tmp_path: Path) -> None:
+    with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
+        client = service.create_training_client("micro", lora)
+        folder = Path(client.save_state("bad").result().path)
+        file = next(folder.glob("*.safetensors"))
+        tensors = load_file(file)
+        name = sorted(tensors)[1]
+        tensors[name][0].fill_(torch.nan)
+        save_file(tensors, file, {"format": "pt"})
+        for opens in (
+            lambda: client.load_state(str(folder)).result(),
+            lambda: service.create_sampling_client(model_path=str(folder)),
+            lambda: service.create_training_client_from_state(str(folder)),
+            *([] if lora else [lambda: service.create_training_client(str(folder))]),
+        ):
+            with pytest.raises(
+                (ModelError, CheckpointError), match="weights that are NaN or infinite .1 tensors, such as"
+            ):
+                opens()
 
 
 # Trap: in an evaluation there is no trainer that would show what the sampler computes otherwise.

@@ -189,6 +189,7 @@ def test_versions_of_the_sdk() -> None:
 def test_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TINKER_API_KEY", raising=False)
     assert _joined_models(["--model", "a", "port=1", "--model=b=tiny"]) == ["port=1", "model=a,b=tiny"]
+    assert _joined_models(["model=", "port=1"]) == ["port=1", "model="]  # no other option is the model's name
     assert [*open_bases(["a=micro", "org/b=tiny"], None)] == ["a", "org/b"]
     for names in (["a=micro", "a=tiny"], ["../x=tiny"], ["=tiny"]):
         with pytest.raises(ConfigError):

@@ -13,9 +13,33 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ModelError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import LoraConfig
+from posttrain.backend.vllm_refusals import ON_A_CPU
 from tests.architectures import NOT_WITH_VLLM, save_random_model
 from tests.conftest import SAMPLER_GAP, prompt_of
+from tests.every_architecture import OWN, SIZES, random_model, save
 from tests.vllm_families import SERVED, families_service, largest_gap, move_every_weight
+
+EXPERTS = [
+    "dots1",
+    "flex_olmo",
+    "gemma4_text+experts",
+    "glm4_moe",
+    "glm4v_moe",
+    "granitemoe",
+    "granitemoe_swa",
+    "granitemoeshared",
+    "hunyuan_v1_moe",
+    "mixtral",
+    "olmoe",
+    "qwen2_moe",
+    "solar_open",
+]
+WIDER = {
+    128: "hidden_size",
+    256: "intermediate_size",
+    64: "moe_intermediate_size moe_shared_expert_intermediate_size shared_expert_intermediate_size",
+    32: "head_dim",
+}
 
 pytestmark = [pytest.mark.slow, pytest.mark.needs_vllm]
 
@@ -53,6 +77,31 @@ def test_a_family_that_vllm_cannot_serve_is_refused_when_its_engine_is_opened(
         auto.create_sampling_client(base_model=folder)
     lines = [line for line in capsys.readouterr().out.splitlines() if "sampling with torch" in line]
     assert len(lines) == 1 and NOT_WITH_VLLM[family] in lines[0]
+
+
+# Trap: experts that transformers holds in one tensor, and vLLM's loaders want one by one.
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_arrive_in_the_engine(
+    service: ServiceClient, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for size, names in WIDER.items():  # vLLM's kernels on a CPU have no narrower ones
+        for name in names.split():
+            monkeypatch.setitem(SIZES, name, size)
+    own = OWN.get(kind, {})
+    monkeypatch.setitem(OWN, kind, {**own, "head_dim": 32, **{name: 64 for name in own if name in WIDER[64]}})
+    client = service.create_training_client(str(save(random_model(kind), tmp_path / "model")))
+    assert largest_gap(client) < SAMPLER_GAP
+    move_every_weight(client)
+    assert largest_gap(client) < SAMPLER_GAP
+    client.close()
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("kind", ["cohere2_moe", *ON_A_CPU])
+def test_a_type_that_vllm_computes_otherwise_is_refused(service: ServiceClient, kind: str, tmp_path: Path) -> None:
+    folder = str(save(random_model(kind), tmp_path / "model"))
+    with pytest.raises(ModelError, match="vLLM cannot serve this model on a CPU: it.*backend.engine=torch"):
+        service.create_training_client(folder).save_weights_and_get_sampling_client()
 
 
 # Trap: vLLM opens an engine for heads of any size, and its kernels fail in the first step.

@@ -34,6 +34,7 @@ from posttrain.backend.checkpoint_files import (
     tensor_shapes,
     unlike_peft,
 )
+from posttrain.backend.data_checks import check_loaded
 from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.merged_lora import base_weights
 from posttrain.backend.models import PRESETS, load_model
@@ -158,6 +159,8 @@ def read_base(path: Path) -> Base:
         raise CheckpointError(
             f"{path} does not say which model it adapts: set base_model_name_or_path in {ADAPTER_CONFIG_FILE}"
         )
+    if not (seed is None or type(seed) is int) or not (print_ is None or isinstance(print_, str)):
+        raise CheckpointError(f"{path / BASE_FILE} is damaged (seed {seed!r}, fingerprint {print_!r}): {REMEDY}")
     return Base(name, seed, print_)
 
 
@@ -240,6 +243,7 @@ def load_adapter(trainer: TrainedModel, path: Path) -> None:
     """Loads the adapter's tensors. Layers without one begin at an update of zero and are printed."""
     assert isinstance(trainer.model, PeftModel)
     saved = saved_tensors(path)
+    check_loaded(str(path), saved, CheckpointError)
     live = trainer.trained.exact(_tensors(trainer.model))  # else what the optimizer steps would replace it
     missing = sorted(live.keys() - saved.keys())
     if missing:

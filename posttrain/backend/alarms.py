@@ -19,7 +19,7 @@ from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, GetInfoResponse, ModelInput, SampledSequence, SamplingParams
 
 PROBE_SEED = 20260101  # of compared tokens, apart from the run's seeds
-PROBE_SAMPLES = 4  # of one token each, after a sync
+PROBE_SAMPLES, PROBE_TOKENS = 4, 2  # after a sync; of one token each, logprobs that are shifted would be right
 # More tokens at the start than a block of vLLM's prefix cache (128 on a CPU, 16 on a GPU).
 START_TOKENS = {"cpu": 192, "cuda": 1000, "mps": 192}
 TAIL = 16  # the last of these are compared; the tokens before are shared
@@ -119,7 +119,7 @@ class Alarms:
 
 WEIGHTS = (
     "the sampler does not hold the trainer's weights (a sync that was skipped, or left some out), or "
-    "computes this model differently"
+    "computes this model differently (backend.engine=torch samples with transformers)"
 )
 SAMPLED = (
     "the sampler draws at another temperature, reads prefixes cached under older weights, or hands out logprobs of "
@@ -158,9 +158,11 @@ async def sampler_gaps(
     temperature: float,
     num_samples: int,
     max_tokens: int,
+    first_alone: bool = False,
 ) -> tuple[Gap, Gap]:
     """Sampler against trainer, with equal weights: of `tokens` at temperature 1, and of tokens
-    sampled after the first `cut`. Of several replicas each is asked.
+    sampled after the first `cut`; with `first_alone`, of the first of these where that is more. Of
+    several replicas each is asked.
 
     The engine recomputes `tokens`, as prompt logprobs are requested. Sampling then reads the prefix
     from the cache, and stale blocks show. The requests are sequential: later rollouts may read the
@@ -184,7 +186,11 @@ async def sampler_gaps(
     whole_R = [np.array(whole[1:], dtype=np.float64) for whole, _ in answers_R]
     sampled = [np.array(sequence.logprobs) for _, drawn in answers_R for sequence in drawn]
     scored = [values for drawn in drawn_R for values in trained_of[drawn]]
-    return Gap.between(whole_R, [trained_whole] * len(whole_R)), Gap.between(sampled, scored)
+    gaps = [
+        Gap.between([values[:end] for values in sampled], [values[:end] for values in scored])
+        for end in ([None, 1] if first_alone else [None])
+    ]
+    return Gap.between(whole_R, [trained_whole] * len(whole_R)), max(gaps, key=lambda gap: gap.mean)
 
 
 def least_certain(datum: Datum) -> int:

@@ -28,6 +28,7 @@ from posttrain.backend.checkpoint_files import (
     tensor_shapes,
     write_state,
 )
+from posttrain.backend.data_checks import check_loaded
 from posttrain.backend.errors import CheckpointError, ModelError
 from posttrain.backend.merged_lora import in_dtype
 from posttrain.backend.models import model_config, read_model
@@ -177,7 +178,9 @@ def _read_scalar_head(trainer: TrainedModel, file: Path) -> torch.Tensor | None:
         raise CheckpointError(
             f"{file} holds a head of shape {shape}, this model's has {tuple(trainer.scalar_head.shape)}"
         )
-    return load_file(file)["weight"]
+    head = load_file(file)
+    check_loaded(str(file), head, CheckpointError)
+    return head["weight"]
 
 
 def _read_weights(trainer: TrainedModel, live: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
@@ -200,6 +203,7 @@ def _read_weights(trainer: TrainedModel, live: dict[str, torch.Tensor], path: Pa
             raise CheckpointError(
                 f"{path}: {name} has shape {tuple(saved[name].shape)}, this model has {tuple(tensor.shape)}"
             )
+    check_loaded(str(path), saved, CheckpointError)
     return saved
 
 

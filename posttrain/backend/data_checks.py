@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from torch.nn.utils import get_total_norm
 
-from posttrain.backend.errors import ConfigError, ContextLengthError, DataError, NonFiniteError
+from posttrain.backend.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextLengthError,
+    DataError,
+    ModelError,
+    NonFiniteError,
+)
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.losses import LOSSES, Loss, LossFn
 from posttrain.backend.ranks import local
@@ -216,6 +223,14 @@ def not_finite(named: Mapping[str, torch.Tensor]) -> list[str]:
     if torch.isfinite(get_total_norm(list(tensors.values()))):
         return []
     return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+
+
+def check_loaded(
+    name: str, weights: Mapping[str, torch.Tensor], error: type[ModelError] | type[CheckpointError]
+) -> None:
+    """`error` if weights that were read from `name` are NaN or infinite: no run could begin with them."""
+    if bad := not_finite(weights):
+        raise error(f"{name} has weights that are NaN or infinite ({len(bad)} tensors, such as {bad[0]})")
 
 
 def check_finite(named: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:

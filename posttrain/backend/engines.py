@@ -16,7 +16,7 @@ from posttrain.backend.base_models import BaseModels, SharedBase
 from posttrain.backend.checkpoint_files import check_readable, is_adapter
 from posttrain.backend.cluster import Cluster
 from posttrain.backend.config import BackendConfig, compute_dtype, training_device
-from posttrain.backend.data_checks import not_finite
+from posttrain.backend.data_checks import check_loaded
 from posttrain.backend.engine import EngineThread
 from posttrain.backend.errors import ConfigError, EngineError, ModelError
 from posttrain.backend.merged_lora import layer_updates
@@ -154,8 +154,7 @@ class Engines:
         return self._freeze(base_model, load_model(base_model, seed, torch.device("cpu"), torch.float32))
 
     def _freeze(self, name: str, model: PreTrainedModel, owner: SharedBase | None = None) -> SamplingClient:
-        if bad := not_finite(dict(model.named_parameters())):
-            raise ModelError(f"{name} has weights that are NaN or infinite ({len(bad)} tensors, such as {bad[0]})")
+        check_loaded(name, dict(model.named_parameters()), ModelError)
         tokenizer, length = self.tokenizer(name), context_length(name, self.config.max_length)
         source = SampledModel(model, compute_dtype(training_device(self.config), self.config), owner)
         rank = max((update.a_RI.shape[0] for update in layer_updates(model).values()), default=0)

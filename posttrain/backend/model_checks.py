@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from posttrain.backend.architectures import decoder_of, vocabulary_of
 from posttrain.backend.attention import kernel_gap, packs, set_packing
 from posttrain.backend.batching import WIDTH_BUCKET, micro_batches
+from posttrain.backend.data_checks import check_loaded
 from posttrain.backend.device_lock import computing
 from posttrain.backend.errors import LogprobGapError, ModelError
 from posttrain.backend.logprobs import LogitTransform, fp32_logits, target_logprobs
@@ -69,6 +70,8 @@ def check_rows(trainer: TrainedModel) -> None:
     fails, it is switched off."""
     data_D, limit = row_check_data(trainer.vocabulary, trainer.max_length), MOST_ROW_GAP[trainer.compute_dtype]
     alone_D = alone(trainer, data_D)
+    if not torch.cat(alone_D).isfinite().all():
+        check_loaded(trainer.model_name, dict(trainer.base.named_parameters()), ModelError)
     check_causal(trainer.model_name, data_D[:2], alone_D, limit)
     if (gap := row_gap(trainer, data_D, alone_D, share=False)) > limit:
         raise ModelError(

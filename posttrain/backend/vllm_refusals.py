@@ -14,6 +14,17 @@ OLDEST_ON_CPU = Version("0.32.0")
 USE_TORCH = "backend.engine=torch samples with torch instead"
 UNMERGED = "backend.lora=unmerged keeps a copy for each of the two instead"
 MERGE = "backend.lora=merged adds adapters to the weights instead"
+LATENT = "it computes latent attention otherwise than transformers"
+# Types that vLLM 0.32 on a CPU accepts, and what it computes otherwise.
+ON_A_CPU = {
+    "deepseek_v2": LATENT,
+    "deepseek_v3": LATENT,
+    "glm4_moe_lite": LATENT,
+    "ernie4_5_moe": "it leaves out the bias of the router's choice",
+    "hrm_text": "it computes the repeated layers otherwise than transformers",
+    "mamba2": "it computes the state-space layers otherwise than transformers",
+    "jetmoe": "it pairs the heads of its attention's experts with other keys",
+}
 
 
 def left_out(hf_config: PretrainedConfig) -> str | None:
@@ -38,12 +49,12 @@ def computed_otherwise(hf_config: PretrainedConfig, max_length: int, unmerged: b
         return f"it has no kernels for experts beside adapters; {MERGE}"
     if "conv" in (getattr(config, "layer_types", None) or ()):
         return "its convolution layers give other logprobs from the second sampled token on"
-    if config.model_type == "cohere2" and max_length > config.sliding_window:
+    if config.model_type in ("cohere2", "cohere2_moe") and max_length > config.sliding_window:
         return (
             f"its window is one token longer than transformers'; with max_length={config.sliding_window} at "
             "most it is right"
         )
-    return None
+    return ON_A_CPU.get(config.model_type)
 
 
 def refusal(error: Exception, hf_config: PretrainedConfig) -> CookbookError:

@@ -142,9 +142,9 @@ def _joined_models(argv: list[str]) -> list[str]:
     """Several --model NAME=FOLDER as one option."""
     models, rest, arguments = [], [], iter(argv)
     for argument in arguments:
-        key, _, value = argument.partition("=")
+        key, equals, value = argument.partition("=")
         if key in ("--model", "model"):
-            models.append(value or next(arguments, ""))
+            models.append(value if equals else next(arguments, ""))
         else:
             rest.append(argument)
     return [*rest, f"model={','.join(models)}"] if models else rest

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any, Protocol
 
-from posttrain.backend.checkpoint_files import read_state
+from posttrain.backend.checkpoint_files import REMEDY, read_state
 from posttrain.backend.errors import CheckpointError
 from posttrain.tracking.disk_space import check_disk_space
 from posttrain.tracking.how_to_resume import how_to_resume
@@ -74,12 +74,14 @@ class Checkpointer:
         try:
             self._client.load_state_with_optimizer(str(record.path)).result()
             self.resumed_extra = read_state(record.path)["extra"]
+            # The checkpoint knows its step: a kill between a replaced folder and its record leaves an
+            # older record.
+            step = self.resumed_extra.get("next_step", record.step)
+            if type(step) is not int or step < 0:
+                raise CheckpointError(f"{record.path}: its next_step is {step!r}, no number of steps: {REMEDY}")
         except CheckpointError as error:
             earlier = f"; without {record.path} the run goes on from {before.path.name}" if before else ""
             raise CheckpointError(f"{self._run.path} cannot be resumed: {error}{earlier}") from error
-        # The checkpoint knows its step: a kill between a replaced folder and its record leaves an
-        # older record.
-        step = int(self.resumed_extra.get("next_step", record.step))
         self._saved_step, self.finished = step, record.name == "final"
         return step
 
