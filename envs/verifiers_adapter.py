@@ -42,6 +42,10 @@ class Host(Protocol):
 
     tasks: list[Any]
 
+    def content(self, index: int) -> object:
+        """What the task is, to be compared: without its place in the taskset."""
+        ...
+
     async def open(self) -> None: ...
 
     async def play(self, index: int, answerer: Answerer) -> tuple[float, Metrics]: ...
@@ -65,9 +69,9 @@ def host(taskset: str, config: str, limit: int) -> Host:
         raise ConfigError(f"env=verifiers needs the library ({error}): {how_to_install('verifiers')}") from error
     try:
         return Loaded(taskset, _config(config), limit)
-    except ModuleNotFoundError as error:
+    except ModuleNotFoundError as error:  # its cause: perhaps a module that the package imports
         raise ConfigError(
-            f"taskset={taskset}: {error}; install its package first (prime env install {taskset}, or pip)"
+            f"taskset={taskset}: {error.__cause__ or error}; install its package first (prime env install {taskset}, or pip)"
         ) from error
     except Exception as error:  # another project's code may raise anything
         raise ConfigError(f"the taskset {taskset} cannot be used: {type(error).__name__}: {error}") from error
@@ -125,8 +129,7 @@ class VerifiersEnv(MessageEnv):
 
     async def step(self, message: Message) -> MessageStep:
         before, written = self._seen, to_openai(message)
-        assert self._reply is not None
-        self._reply.set_result(message)
+        await self._reply_with(message)
         logs = {"answer": message["content"]}
         if not await self._next_request():
             reward, metrics = self._result()
@@ -135,6 +138,16 @@ class VerifiersEnv(MessageEnv):
         if kept != before or not new or self._seen[len(before)] != from_openai(written):
             raise GraderError(f"{self._name()}: the environment rewrote the conversation, which is not supported")
         return MessageStep(0.0, False, new, logs=logs)
+
+    async def _reply_with(self, message: Message | None) -> None:
+        """GraderError if the library no longer waits, as after its time limit on the agent: its score
+        would be that of a conversation without this message."""
+        assert self._reply is not None and self._episode is not None
+        if self._reply.cancelled():
+            await asyncio.wait({self._episode})
+            self._result()
+            raise GraderError(f"{self._name()}: the episode ended while the policy answered (a time limit of its own?)")
+        self._reply.set_result(message)
 
     def _name(self) -> str:
         return f"{self.source[0]}, task {self.task}"
@@ -152,8 +165,7 @@ class VerifiersEnv(MessageEnv):
         """The library scores what was said; an answer that could not be read has no score."""
         if reason == "parse_error":
             return 0.0, {}
-        assert self._reply is not None
-        self._reply.set_result(None)
+        await self._reply_with(None)
         if await self._next_request():
             raise GraderError(f"{self._name()}: it asked again after the end ({reason})")
         return self._result()
@@ -206,13 +218,18 @@ class VerifiersBuilder(RLDatasetBuilder):
         doc='the library\'s environment configuration, as JSON: {"taskset": {...}, "agent": {"max_turns": 4}}',
     )
     num_tasks: int = chz.field(default=1000, validator=COUNT, doc="number of tasks, the first ones")
-    num_test: int = chz.field(default=0, validator=WHOLE, doc="held-out tasks, drawn by split_seed")
+    num_test: int = chz.field(
+        default=0,
+        validator=WHOLE,
+        doc="held-out tasks, drawn by split_seed; the training set has no task equal to one of them",
+    )
     split_seed: int = chz.field(default=0, validator=SEED, doc="seed of the choice of held-out tasks")
     parse: ParsePolicy = chz.field(default_factory=ParsePolicy, doc="treatment of a truncated answer")
 
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         source = (self.taskset, self.env_config, self.num_tasks)
-        count = len(host(*source).tasks)
+        running = host(*source)
+        count = len(running.tasks)
         if not count:
             raise DataError(f"the taskset {self.taskset} has no tasks")
         if not 0 <= self.num_test < count:
@@ -220,10 +237,17 @@ class VerifiersBuilder(RLDatasetBuilder):
                 f"num_test={self.num_test}: the taskset {self.taskset} has {count} tasks; set it to 0 to {count - 1}"
             )
         order_D = np.random.default_rng(self.split_seed).permutation(count)
-        test_D, train_D = np.sort(order_D[: self.num_test]), np.sort(order_D[self.num_test :])
+        test_D = sorted(order_D[: self.num_test].tolist())
+        held = {running.content(task) for task in test_D}
+        train_D = [task for task in range(count) if not held or running.content(task) not in held]
+        if not train_D:
+            raise ConfigError(
+                f"num_test={self.num_test}: each of the {count} tasks of {self.taskset} is equal to a held-out one; "
+                "set it to 0, or tell the tasks apart in their data (a number or an id is not enough)"
+            )
 
-        def groups(tasks_D: np.ndarray, num_envs: int) -> list[VerifiersGroupBuilder]:
-            return [VerifiersGroupBuilder(source, int(task), num_envs, renderer, self.parse) for task in tasks_D]
+        def groups(tasks_D: list[int], num_envs: int) -> list[VerifiersGroupBuilder]:
+            return [VerifiersGroupBuilder(source, task, num_envs, renderer, self.parse) for task in tasks_D]
 
         train = ListDataset(groups(train_D, self.group_size), self.batch_size, self.seed)
         return train, held_out(groups(test_D, 1), self.batch_size)

@@ -10,6 +10,7 @@ Left out: rewards of a whole group, completion environments (`message_type="comp
 
 import importlib.util
 import inspect
+import json
 import logging
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -61,6 +62,10 @@ class ClassicHost:
         self.tasks = self.env.get_dataset(limit).to_list()
         for rubric in _rubrics(self.env.rubric):
             rubric.funcs = [_noting(function) for function in rubric.funcs]
+
+    def content(self, index: int) -> str:
+        """The row without its number."""
+        return json.dumps(self.tasks[index] | {"example_id": None}, sort_keys=True, default=str)
 
     async def open(self) -> None:
         """Nothing to start."""

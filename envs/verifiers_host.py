@@ -9,6 +9,7 @@ each rollout; here it is a coroutine. Imported by verifiers_adapter.py only, for
 import asyncio
 import json
 import logging
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -148,6 +149,7 @@ class Host:
 
     def __init__(self, taskset: str, config: Mapping[str, Any], limit: int):
         logging.getLogger("verifiers").setLevel(logging.ERROR)
+        _let_tools_import()
         settings = resolve_env_config(_with_defaults(taskset, config))
         seats = agent_config_fields(settings)
         played = [name for name, agent in seats.items() if agent.client is None]
@@ -162,6 +164,12 @@ class Host:
             if task.NEEDS_CONTAINER or task.data.image:
                 raise ValueError(f"task {task.data.idx} needs a container")
         self._serving: dict[asyncio.AbstractEventLoop, tuple[asyncio.Task[None], asyncio.Future[None]]] = {}
+
+    def content(self, index: int) -> str:
+        """The task's data without its labels. A task without a prompt may be made from its number
+        (a game's seed): it keeps them, and equals no other."""
+        data = self.tasks[index].data
+        return data.model_dump_json(exclude={"idx", "id", "name", "description"} if data.prompt else None)
 
     async def open(self) -> None:
         """Starts the library's servers, once for an event loop; they end with it."""
@@ -214,9 +222,20 @@ class Host:
                 or f"the policy played {len(traces)} times, not once"
             )
         trace = traces[0]
+        unscored = [name for name, reward in trace.rewards.items() if reward is None]
+        if unscored or trace.stop_condition in ("finalize_timeout", "scoring_timeout"):  # which the library counts as 0
+            raise EpisodeFailed(f"{trace.stop_condition}: no value of {', '.join(unscored) or 'its rewards'}")
         values = {f"reward/{name}": reward.value for name, reward in trace.rewards.items() if reward is not None}
         values |= {name: value for name, value in trace.metrics.items() if value is not None}
         return trace.reward, values
+
+
+def _let_tools_import() -> None:
+    """A tool's process runs a module of the taskset, in a folder of its own: PYTHONPATH names the folders,
+    beside Python's, where this process finds modules. The library waits 180 s for a process that is dead."""
+    pythons = (os.path.join(sys.prefix, ""), os.path.join(sys.base_prefix, ""))
+    folders = [os.path.abspath(folder) for folder in sys.path]
+    os.environ["PYTHONPATH"] = os.pathsep.join(folder for folder in folders if not folder.startswith(pythons))
 
 
 def _with_defaults(taskset: str, config: Mapping[str, Any]) -> dict[str, Any]:

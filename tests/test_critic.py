@@ -2,6 +2,9 @@
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock, call
 
 import chz
 import numpy as np
@@ -12,7 +15,7 @@ from posttrain.backend.errors import CheckpointError, ConfigError
 from posttrain.backend.types import AdamParams, Datum, ModelInput
 from rl import train
 from rl.advantages import NoReward
-from rl.critic import Critic, CriticConfig, gae, token_rewards, value_loss
+from rl.critic import ActorCritic, Critic, CriticConfig, gae, token_rewards, value_loss
 from rl.data_processing import normalized, rows_of
 from rl.types import Trajectory, TrajectoryGroup
 from tests.conftest import rounded
@@ -125,6 +128,35 @@ def test_the_critics_rate_is_in_proportion_to_the_policys() -> None:
     critic = Critic(CriticConfig(), Client(), rate=4.0)  # type: ignore[arg-type]
     critic.optim_step(AdamParams(0.125))
     assert rates == [0.5]
+
+
+def test_metrics_of_several_passes_are_their_mean() -> None:
+    critic = Critic(CriticConfig(), None, rate=1.0)  # type: ignore[arg-type]
+
+    async def passed(**metrics: float) -> Any:
+        return SimpleNamespace(metrics=metrics)
+
+    async def read() -> Any:
+        critic._outputs = [passed(**{"value_loss:mean": loss}) for loss in (1.0, 2.0)]  # type: ignore[assignment]
+        critic._steps = [passed(grad_norm=norm) for norm in (3.0, 5.0)]  # type: ignore[assignment]
+        return await critic.metrics()
+
+    assert asyncio.run(read()) == {"critic/value_loss": 1.5, "critic/grad_norm": 4.0}
+
+
+# Trap: a critic that is to be a copy of the policy, without the weights the policy begins with.
+@pytest.mark.parametrize("takes_policy", [True, False])
+def test_policy_and_critic_have_their_checkpoints_together(takes_policy: bool, tmp_path: Path) -> None:
+    policy, critic = MagicMock(), MagicMock()
+    policy.checkpoint_bytes.return_value, critic.checkpoint_bytes.return_value = 3, 4
+    both = ActorCritic(policy, critic, tmp_path / "critic", takes_policy)
+    both.load_state("begin")
+    assert critic.load_state.call_args_list == [call("begin")] * takes_policy
+    assert policy.load_state.call_args_list == [call("begin")] and both.checkpoint_bytes() == 7
+    for folder in ("checkpoints/kept", "critic/kept", "critic/gone"):
+        (tmp_path / folder).mkdir(parents=True)
+    both.save_state(str(tmp_path / "checkpoints" / "new"), extra={"next_step": 2})
+    assert [folder.name for folder in (tmp_path / "critic").iterdir()] == ["kept"]
 
 
 # Trap: rows of conversations that take turns, laid end to end, are not in the order of time.

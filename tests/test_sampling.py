@@ -218,7 +218,7 @@ def test_other_tokens_of_a_prompt_are_scored_and_drawn_alike(engines) -> None:  
     for t, row in enumerate(everything[1:]):
         for token, logprob in row:
             whole_TV[t, token] = logprob
-    targets = TensorData([[5 + t, -1, 30] for t in range(11)])
+    targets = TensorData([[5 + t, -1, 0] for t in range(11)])
     params = SamplingParams(max_tokens=2, seed=3, temperature=0.5, stop=[])
     for client in engines[1:]:
         asked = {"target_prompt_logprobs": targets, "prompt_alt_tokens_k": k}
@@ -230,7 +230,7 @@ def test_other_tokens_of_a_prompt_are_scored_and_drawn_alike(engines) -> None:  
         ]
         scored_TK, alt = response.target_prompt_logprobs.array, response.prompt_alt_tokens
         for t in range(11):
-            expected = [whole_TV[t, 5 + t], 0.0, whole_TV[t, 30]]
+            expected = [whole_TV[t, 5 + t], 0.0, whole_TV[t, 0]]
             assert scored_TK[t] == pytest.approx(expected, abs=SAMPLER_GAP)
         tempered_TV = whole_TV / 0.5
         tempered_TV -= np.log(np.exp(tempered_TV).sum(-1, keepdims=True))

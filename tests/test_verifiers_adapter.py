@@ -5,6 +5,7 @@ lines; with it (`pip install -e .[verifiers]`) real tasksets are written and run
 import asyncio
 import importlib.metadata
 import importlib.util
+import json
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,9 @@ class StandIn:
 
     def __init__(self, script: Callable[..., Any], tasks: int = 3):
         self.script, self.tasks = script, list(range(tasks))
+
+    def content(self, index: int) -> int:
+        return self.tasks[index]
 
     async def open(self) -> None:
         pass
@@ -164,13 +168,13 @@ def test_a_limit_of_the_run_ends_the_episode_and_it_is_scored(stand_in):
     assert group.trajectories_G[0].transitions[-1].metrics["cut"] == 1.0
 
 
+def tasks_of(dataset: RLDataset | None) -> Sequence[int]:
+    assert dataset is not None
+    return sorted(group.task for index in range(len(dataset)) for group in dataset.get_batch(index))  # type: ignore[attr-defined]
+
+
 def test_held_out_tasks_are_drawn_and_groups_pickle(stand_in):
     stand_in(two_turns, tasks=10)
-
-    def tasks_of(dataset: RLDataset | None) -> Sequence[int]:
-        assert dataset is not None
-        return sorted(group.task for index in range(len(dataset)) for group in dataset.get_batch(index))  # type: ignore[attr-defined]
-
     train, test = asyncio.run(builder(num_test=3)(RENDERER))
     assert len(tasks_of(test)) == 3 and sorted([*tasks_of(train), *tasks_of(test)]) == list(range(10))
     group = VerifiersGroupBuilder(("a", "{}", 3), 0, 2, RENDERER, ParsePolicy())
@@ -189,6 +193,7 @@ def test_without_the_library_the_error_says_what_to_install():
 
 MODULES = {
     "pt_reverse": """
+import asyncio
 import verifiers.v1 as vf
 
 class Config(vf.TasksetConfig):
@@ -202,6 +207,8 @@ class Reverse(vf.Task[Data, vf.State, vf.TaskConfig]):
     async def exact(self, trace: vf.Trace) -> float:
         if trace.last_reply == "raise":
             raise KeyError("x")
+        if trace.last_reply == "sleep":
+            await asyncio.Event().wait()
         return float(trace.last_reply == self.data.answer)
 
     @vf.metric
@@ -215,6 +222,7 @@ class Words(vf.Taskset[Reverse, Config]):
 
 __all__ = ["Words"]
 """,
+    "pt_broken": "import no_such_module",
     "pt_dialogue": """
 import verifiers.v1 as vf
 
@@ -294,7 +302,7 @@ def tasksets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, source in MODULES.items():
         (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))  # of the tools' processes
+    monkeypatch.setenv("PYTHONPATH", "")  # which the host sets for the tools' processes
 
 
 @needs_library
@@ -312,6 +320,42 @@ def test_rewards_metrics_and_failures_are_the_librarys(tasksets):
         and "KeyError" in str(failed.errors[0])
     )
     assert asyncio.run(groups(builder("pt-reverse", env_config='{"taskset": {"words": ["a", "b", "c"]}}')))[2:]
+
+
+# Trap: a reward that ran out of time, which the library counts as 0.
+@needs_library
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [("scoring", "scoring_timeout: no value of exact"), ("rollout", "the episode ended while the policy answered")],
+)
+def test_what_ran_out_of_its_own_time_is_a_failed_rollout(tasksets, monkeypatch, stage, message):
+    say = Turns.__call__
+
+    async def slowly(*args: Any, **kwargs: Any) -> TokensWithLogprobs:
+        await asyncio.sleep(0.2 * (stage == "rollout"))
+        return await say(*args, **kwargs)
+
+    monkeypatch.setattr(Turns, "__call__", slowly)
+    config = json.dumps({"agent": {"timeout": {stage: 0.05}}})
+    group = play(builder("pt-reverse", env_config=config), "sleep")
+    assert group.trajectories_G == [] and message in str(group.errors[0])
+
+
+# Trap: tasks told apart by their numbers alone (the seed of a game), taken as one.
+@needs_library
+def test_no_training_task_is_equal_to_a_held_out_one(tasksets):
+    words = ["ant", "bee", "ant", "cow"] * 3
+
+    def split(taskset: str, num_test: int, **config: Any) -> tuple[Sequence[int], Sequence[int]]:
+        written = json.dumps({"taskset": config})
+        train, test = asyncio.run(builder(taskset, num_tasks=12, num_test=num_test, env_config=written)(RENDERER))
+        return tasks_of(train), tasks_of(test)
+
+    train, test = split("pt-reverse", 2, words=words)
+    assert len(test) == 2 and train == [i for i in range(12) if words[i] not in {words[j] for j in test}]
+    assert list(map(len, split("pt-dialogue", 2))) == [10, 2]
+    with pytest.raises(ConfigError, match="each of the 3 tasks of pt-reverse is equal to a held-out one"):
+        split("pt-reverse", 1, words=["ant"] * 3)
 
 
 @needs_library
@@ -343,6 +387,7 @@ def test_a_tool_is_called(tasksets):
     ("taskset", "config", "message"),
     [
         ("pt-nothing", "{}", "pt-nothing.*install its package first"),
+        ("pt-broken", "{}", "No module named 'no_such_module'"),
         ("pt-container", "{}", "needs a container"),
         ("pt-reverse", "[]", "no JSON object"),
         ("pt-reverse", "{", "is not JSON"),
