@@ -217,8 +217,10 @@ def _first(arrays_D: Sequence[np.ndarray], bad: Callable[[np.ndarray], np.ndarra
 
 
 def not_finite(named: Mapping[str, torch.Tensor]) -> list[str]:
-    """The names of tensors with a value that is NaN or infinite."""
-    tensors = {name: part for name, tensor in named.items() if (part := local(tensor.detach())).numel()}
+    """The names of tensors with a value that is NaN or infinite: of the floating-point ones, as some models save
+    integers beside their weights."""
+    parts = {name: local(tensor.detach()) for name, tensor in named.items() if tensor.is_floating_point()}
+    tensors = {name: part for name, part in parts.items() if part.numel()}
     # On a CPU the norm takes 1/15 of the time of the largest value. It overflows at finite values, too.
     if torch.isfinite(get_total_norm(list(tensors.values()))):
         return []
