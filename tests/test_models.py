@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -238,6 +239,13 @@ def test_a_sampler_that_computes_otherwise_is_found_without_a_trainer(
         else:
             with pytest.raises(LogprobGapError, match="tiny: the sampler's logprobs differ .*backend.engine=torch"):
                 service.create_sampling_client(base_model="tiny")
+            # kernels that a CPU has not are no fault of the sampler
+            monkeypatch.setattr(
+                "posttrain.backend.model_checks.sampler_gap", Mock(side_effect=RuntimeError("no driver"))
+            )
+            service.create_sampling_client(base_model="tiny")
+            said = capsys.readouterr().out
+            assert "not compared with transformers, which fails on a CPU (RuntimeError: no driver)" in said
 
 
 # Trap: a run reads the config, for its length, before the model is opened.
