@@ -45,16 +45,16 @@ HIDDEN = 128
 VOCABULARY = 260  # that of posttrain.backend.tokenizers.character_tokenizer
 
 _TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": None, "eos_token_id": 1}
-_SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     "num_hidden_layers": 2,
     "hidden_size": HIDDEN,
     "intermediate_size": 256,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": CONTEXT,
-    "initializer_range": 1.5 * HIDDEN**-0.5,
     **_TOKENS,
 }
+_SHAPE = SHAPE | {"initializer_range": 1.5 * HIDDEN**-0.5}
 _SLIDING = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"]}
 _HEAD_DIM: dict[str, Any] = {"head_dim": 32}  # of configs that read it without declaring it
 _LFM_DIMS: dict[str, Any] = {

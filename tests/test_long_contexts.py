@@ -23,26 +23,14 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ModelInput, SamplingParams
-from tests.architectures import CONTEXT, HIDDEN, VOCABULARY
+from tests.architectures import CONTEXT, SHAPE, VOCABULARY
 from tests.conftest import SAMPLER_GAP
 from tests.test_architectures import ATOL, full_logprobs
 from tests.vllm_families import families_service
 
 ORIGINAL = CONTEXT // 4  # tokens of context before its rotations were stretched
-BASE = {
-    "num_hidden_layers": 2,
-    "hidden_size": HIDDEN,
-    "intermediate_size": 256,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": CONTEXT,
-    "vocab_size": VOCABULARY,
-    "pad_token_id": 0,
-    "bos_token_id": None,
-    "eos_token_id": 1,
-}
-LLAMA = BASE | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_theta": 500000.0}
-QWEN2 = BASE | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1000000.0}
+LLAMA = SHAPE | {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "rope_theta": 500000.0}
+QWEN2 = SHAPE | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "rope_theta": 1000000.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": ORIGINAL}
 CHUNKS = {"chunk_size": 160, "local_size": 32, "original_max_position_embeddings": 160}
@@ -51,7 +39,7 @@ LONG = {"type": "longrope", "short_factor": [1.0] * 16, "long_factor": [4.0] * 1
 CONFIGS: dict[str, dict[str, Any]] = {
     "Llama 3.1": LLAMA | {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": ORIGINAL}},
     "Qwen 2.5 with YaRN": QWEN2 | {"rope_scaling": YARN, "sliding_window": CONTEXT, "use_sliding_window": False},
-    "Gemma 3": BASE
+    "Gemma 3": SHAPE
     | {
         "model_type": "gemma3_text",
         "architectures": ["Gemma3ForCausalLM"],
@@ -63,7 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_local_base_freq": 10000,
         "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
     },
-    "Ministral 3": BASE
+    "Ministral 3": SHAPE
     | {
         "model_type": "ministral3",
         "architectures": ["Ministral3ForCausalLM"],
@@ -71,7 +59,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_parameters": YARN
         | {"rope_theta": 1e6, "rope_type": "yarn", "llama_4_scaling_beta": 0.5, "mscale": 1.0, "mscale_all_dim": 1.0},
     },
-    "Llama 4": BASE
+    "Llama 4": SHAPE
     | {
         "model_type": "llama4_text",
         "architectures": ["Llama4ForCausalLM"],
@@ -88,7 +76,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "rope_scaling": LLAMA3 | {"original_max_position_embeddings": ORIGINAL},
     },
     "Qwen 2.5-1M": QWEN2 | {"dual_chunk_attention_config": CHUNKS},
-    "Gemma 3n": BASE
+    "Gemma 3n": SHAPE
     | {
         "model_type": "gemma3n_text",
         "architectures": ["Gemma3nForCausalLM"],
@@ -101,7 +89,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "hidden_size_per_layer_input": 16,
         "vocab_size_per_layer_input": VOCABULARY,
     },
-    "Apertus": BASE | {"model_type": "apertus", "architectures": ["ApertusForCausalLM"], "hidden_act": "xielu"},
+    "Apertus": SHAPE | {"model_type": "apertus", "architectures": ["ApertusForCausalLM"], "hidden_act": "xielu"},
 }
 NOT_WITH_VLLM = {
     "Gemma 3n": "it leaves out the embeddings of each layer",
@@ -219,7 +207,7 @@ ENDS: dict[str, tuple[dict[str, Any], int, str]] = {
     "YaRN of a smaller factor": (QWEN2 | {"rope_scaling": YARN | {"factor": 2.0}}, CONTEXT // 2, "yarn, 2 times 64"),
     "LongRoPE": (LLAMA | {"rope_scaling": LONG | {"original_max_position_embeddings": 64}}, 64, "LongRoPE"),
     "LongRoPE of a kind of layer": (
-        BASE
+        SHAPE
         | {
             "model_type": "gemma3_text",
             "architectures": ["Gemma3ForCausalLM"],
@@ -248,7 +236,7 @@ ENDS: dict[str, tuple[dict[str, Any], int, str]] = {
         "linear scaling, 4 times 256: if that is its context, set max_position_embeddings=1024 there",
     ),
     "Command R": (
-        BASE | {"model_type": "cohere", "architectures": ["CohereForCausalLM"], "model_max_length": 131072},
+        SHAPE | {"model_type": "cohere", "architectures": ["CohereForCausalLM"], "model_max_length": 131072},
         CONTEXT,
         "model_max_length: if that is its context, set max_position_embeddings=131072 there",
     ),

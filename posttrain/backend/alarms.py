@@ -13,6 +13,7 @@ import torch
 
 from posttrain.backend.config import AlarmAction
 from posttrain.backend.errors import LogprobGapError
+from posttrain.backend.model_checks import TEXT
 from posttrain.backend.routing import sampling_group
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.training_client import TrainingClient
@@ -23,14 +24,6 @@ PROBE_SAMPLES, PROBE_TOKENS = 4, 2  # after a sync; of one token each, logprobs 
 # More tokens at the start than a block of vLLM's prefix cache (128 on a CPU, 16 on a GPU).
 START_TOKENS = {"cpu": 192, "cuda": 1000, "mps": 192}
 TAIL = 16  # the last of these are compared; the tokens before are shared
-
-TEXT = (
-    "The river rises in the hills to the north and runs for two hundred miles before it meets the sea. In spring the "
-    "melting snow fills it to the top of its banks, and the villages along it keep their boats tied high. By late "
-    "summer a child can walk across it at the old ford, where the stones are flat and the water is no deeper than 12 "
-    "inches. Most of the mills that once stood here are gone; 3 of the 40 still turn, and one of them grinds flour for "
-    "the bakery in the market square. "
-)
 
 
 @dataclass(frozen=True)

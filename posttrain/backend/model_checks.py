@@ -26,8 +26,15 @@ MOST_ROW_GAP = {torch.float32: 1e-3, torch.bfloat16: 0.2}
 # Relative difference of an attention kernel's output and gradients from a dense computation in fp32.
 MOST_KERNEL_GAP = {torch.float32: 1e-2, torch.bfloat16: 3e-2}
 LARGE_LOGITS = 20.0  # standard deviation at which caps of 30 and 50 bend
-# Of text, as single tokens of no sense differ more in bf16; below a block of a prefix cache, 16 tokens.
-TEXT, TEXT_TOKENS = "The river rises in the hills to the north and runs for two hundred miles.", 15
+TEXT = (
+    "The river rises in the hills to the north and runs for two hundred miles before it meets the sea. In spring the "
+    "melting snow fills it to the top of its banks, and the villages along it keep their boats tied high. By late "
+    "summer a child can walk across it at the old ford, where the stones are flat and the water is no deeper than 12 "
+    "inches. Most of the mills that once stood here are gone; 3 of the 40 still turn, and one of them grinds flour for "
+    "the bakery in the market square. "
+)
+# Of the text, as tokens of no sense differ more in bf16; below a block of a prefix cache, 16 tokens.
+TEXT_TOKENS = 15
 
 
 @computing()
