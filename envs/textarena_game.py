@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from posttrain.backend.errors import ConfigError, CookbookError
+from posttrain.backend.errors import ConfigError, CookbookError, one_line
 from posttrain.backend.extras import how_to_install
 from rl.types import EnvError, Metrics, RolloutError
 
@@ -206,7 +206,7 @@ def _bare(env: Any) -> Any:
 
 
 def _remedy(error: Exception) -> str:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     match error:
         case LookupError() if "NLTK" in text:
             return "it needs word lists: python -m nltk.downloader words averaged_perceptron_tagger_eng"

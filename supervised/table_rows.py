@@ -11,7 +11,7 @@ from unittest.mock import patch
 
 import numpy as np
 
-from posttrain.backend.errors import DataError
+from posttrain.backend.errors import DataError, one_line
 from posttrain.backend.extras import need
 from posttrain.backend.hub import hub_is_reached, hub_reason
 from supervised.rows import Row, read_rows, without_nulls
@@ -107,6 +107,6 @@ def loading(name: str, split: str) -> Iterator[None]:
         yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, DatasetsError) as error:
         cause = error.__cause__ if isinstance(error, DatasetsError) and error.__cause__ else error
-        reason = " ".join(str(cause).split())[:300]
+        reason = one_line(cause, 300)
         reason = reason if Path(name).expanduser().absolute().exists() else hub_reason(error, reason)
         raise DataError(f"dataset {name!r}, split {split!r}, could not be loaded: {reason}") from error

@@ -35,7 +35,7 @@ from posttrain.backend.checkpoint_files import (
     unlike_peft,
 )
 from posttrain.backend.data_checks import check_loaded
-from posttrain.backend.errors import CheckpointError, ModelError
+from posttrain.backend.errors import CheckpointError, ModelError, one_line
 from posttrain.backend.merged_lora import base_weights
 from posttrain.backend.models import PRESETS, load_model
 from posttrain.backend.ranges import RangeError
@@ -312,8 +312,9 @@ def open_merged(path: Path, seed: int) -> PreTrainedModel:
     try:
         return adapted.merge_and_unload()  # type: ignore[operator]
     except (NotImplementedError, RuntimeError, ValueError) as error:  # as of aLoRA, which depends on the tokens
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"the adapter {path} cannot be merged into its base model: {reason}") from error
+        raise CheckpointError(
+            f"the adapter {path} cannot be merged into its base model: {one_line(error, 300)}"
+        ) from error
 
 
 def open_on_shared(path: Path, seed: int, bases: BaseModels) -> tuple[PreTrainedModel, SharedBase]:
@@ -380,8 +381,9 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
             "take the setting away if it changes nothing"
         ) from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise CheckpointError(f"the adapter {path} does not fit its base model {base}: {reason}") from error
+        raise CheckpointError(
+            f"the adapter {path} does not fit its base model {base}: {one_line(error, 300)}"
+        ) from error
     layers = (getattr(module, "base_layer", None) for module in adapted.modules())
     if tied is not None and any(layer is not None and layer.weight is tied for layer in layers):
         raise CheckpointError(

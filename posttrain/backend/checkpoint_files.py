@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from posttrain.backend.errors import CheckpointError
+from posttrain.backend.errors import CheckpointError, one_line
 
 STATE_FOLDER, STATE_FILE, OPTIMIZER_FILE = "training_state", "training_state.json", "optimizer.safetensors"
 ADAPTER_CONFIG_FILE, ADAPTER_FILE = "adapter_config.json", "adapter_model.safetensors"
@@ -233,4 +233,4 @@ def _reason(error: Exception) -> str:
     """One line, without the path, which the message has."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    return one_line(error, 200) or type(error).__name__

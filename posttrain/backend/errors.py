@@ -68,6 +68,11 @@ class ClosedError(CookbookError):
     """A client was closed before this call began."""
 
 
+def one_line(error: object, most_chars: int | None = None) -> str:
+    """The text of a library's error, for the one line of ours."""
+    return " ".join(str(error).split())[:most_chars]
+
+
 # --- the names of the Tinker SDK, for the `except` clauses of scripts written for it ------------
 
 TinkerError = RequestFailedError = CookbookError

@@ -11,7 +11,7 @@ from huggingface_hub import constants
 from huggingface_hub.utils import get_session
 
 from posttrain.backend.checkpoint_files import ADAPTER_CONFIG_FILE
-from posttrain.backend.errors import ModelError
+from posttrain.backend.errors import ModelError, one_line
 
 SETTINGS = ["*.json", "*.txt", "*.model", "*.jinja"]  # and the tokenizer
 WEIGHTS = ["*.safetensors"]
@@ -99,7 +99,7 @@ def hub_reason(error: BaseException, otherwise: str | None = None, reading: bool
         return "the download from the Hugging Face hub was interrupted: the same command goes on from there"
     if kinds & UNREACHED:
         return f"it is not, or not whole, in the local cache, and {NOT_REACHED}" if reading else NOT_REACHED
-    return otherwise or f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return otherwise or f"{type(error).__name__}: {one_line(error, 300)}"
 
 
 def _may_pass(error: BaseException) -> bool:

@@ -15,7 +15,7 @@ from posttrain.backend.attention import kernel_gap, packs, set_packing
 from posttrain.backend.batching import WIDTH_BUCKET, micro_batches
 from posttrain.backend.data_checks import check_loaded
 from posttrain.backend.device_lock import computing
-from posttrain.backend.errors import CookbookError, LogprobGapError, ModelError
+from posttrain.backend.errors import CookbookError, LogprobGapError, ModelError, one_line
 from posttrain.backend.logprobs import LogitTransform, fp32_logits, target_logprobs
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.trained_model import TrainedModel
@@ -130,7 +130,7 @@ def _packing_fails(trainer: TrainedModel, trees: bool) -> str | None:
         alone_D = alone(trainer, data_D)
         gaps = [row_gap(trainer, data_D, alone_D, share) for share in {False, trainer.shares_prefixes}]
     except Exception as error:
-        return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return f"{type(error).__name__}: {one_line(error, 200)}"
     if not (gap := np.max(gaps)) <= MOST_ROW_GAP[trainer.compute_dtype] and torch.cat(alone_D).isfinite().all():
         return f"a sequence's logprobs differ by {gap:.2g} from those it has alone"
     return None
@@ -207,7 +207,7 @@ def check_sampler(name: str, model: PreTrainedModel, sampler: SamplingClient, dt
     except CookbookError:
         raise
     except Exception as error:  # `model` is on the CPU, where kernels of a GPU (fla's) do not run
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        reason = one_line(f"{type(error).__name__}: {error}", 200)
         print(f"{name}: the sampler was not compared with transformers, which fails on a CPU ({reason})", flush=True)
         return
     if gap <= MOST_ROW_GAP[dtype]:

@@ -51,7 +51,7 @@ from posttrain.backend.checkpoint_files import (
     wrong_model,
 )
 from posttrain.backend.device_lock import computing
-from posttrain.backend.errors import CheckpointError, ModelError
+from posttrain.backend.errors import CheckpointError, ModelError, one_line
 from posttrain.backend.hub import hub_folder
 from posttrain.backend.quantized import ask_for_whole_weights, make_plain
 from posttrain.backend.random_state import drawn_from
@@ -241,7 +241,7 @@ def _reason(error: BaseException, path: Path | None = None) -> str:
         return f"transformers {transformers.__version__} cannot convert its tensors to those of the model"
     if "Unrecognized configuration class" in text:
         return "it is not a causal language model"
-    return f"{type(error).__name__}: {' '.join(text.split())[:300]}"
+    return f"{type(error).__name__}: {one_line(text, 300)}"
 
 
 def context_length(model_name: str, max_length: int | None = None) -> int:

@@ -20,7 +20,7 @@ from unittest.mock import patch
 import torch
 
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.errors import ConfigError, EngineError
+from posttrain.backend.errors import ConfigError, EngineError, one_line
 from posttrain.backend.futures import wait_saying
 from posttrain.backend.left_behind import start_keeper
 
@@ -111,7 +111,7 @@ def _start_here(init: Callable[[], object]) -> threading.Event:
         except Exception as error:  # of any type
             _remove_sessions()
             if not left:
-                raise EngineError(f"Ray did not start on this machine: {' '.join(str(error).split())}") from error
+                raise EngineError(f"Ray did not start on this machine: {one_line(error)}") from error
         except KeyboardInterrupt:
             atexit.register(_remove_sessions)  # what has begun to start ends with this process
             raise

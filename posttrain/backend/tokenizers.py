@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from posttrain.backend.checkpoint_files import adapted_model, is_adapter, not_pulled, read_json
-from posttrain.backend.errors import ConfigError, ModelError
+from posttrain.backend.errors import ConfigError, ModelError, one_line
 
 if TYPE_CHECKING:  # commands answer before transformers is imported
     from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -69,7 +69,7 @@ def load_tokenizer(model_name: str, max_length: int | None = None) -> "PreTraine
     except ModelError:
         raise
     except Exception as error:  # of a damaged file, the tokenizers library raises a plain Exception
-        reason = not_pulled(folder) or " ".join(str(error).split())[:300] or type(error).__name__
+        reason = not_pulled(folder) or one_line(error, 300) or type(error).__name__
         if "custom code" in reason:
             reason = "it needs code of its own from its repository, which this project does not run"
         raise ModelError(f"no tokenizer could be loaded for {model_name!r}: {reason}") from error

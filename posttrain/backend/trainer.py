@@ -27,7 +27,7 @@ from posttrain.backend.config import BackendConfig, compute_dtype, param_dtype, 
 from posttrain.backend.custom_loss import CustomLoss, checked, sums, surrogate_loss
 from posttrain.backend.data_checks import check_data, check_finite, check_kinds, check_term, resolve_loss
 from posttrain.backend.device_lock import computing
-from posttrain.backend.errors import ConfigError, DataError, NonFiniteError
+from posttrain.backend.errors import ConfigError, DataError, NonFiniteError, one_line
 from posttrain.backend.logprobs import target_logprobs
 from posttrain.backend.lora_layers import add_lora, check_rank
 from posttrain.backend.loss_terms import KeptForward, LossTerm, RunningTerm, by_width, in_order, with_gradient
@@ -345,7 +345,7 @@ class Trainer:
         except Exception as error:
             if not self.compiles or isinstance(error, torch.OutOfMemoryError):
                 raise
-            print(f"backend.compile fails and is switched off: {' '.join(str(error).split())[:200]}", flush=True)
+            print(f"backend.compile fails and is switched off: {one_line(error, 200)}", flush=True)
             self.compiles = False
             for module in self.base.modules():
                 module._compiled_call_impl = None

@@ -17,7 +17,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
-from posttrain.backend.errors import CookbookError, DataError
+from posttrain.backend.errors import CookbookError, DataError, one_line
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, LoraConfig, SamplingParams
 from posttrain.serve.age import read_recipients
@@ -83,7 +83,7 @@ async def _guarded(state: State, handler: Handler, request: HttpRequest) -> Resp
         status, text = 429, str(error)
     except CookbookError as error:
         status, text = 400, str(error)
-    return JSONResponse({"detail": state.without_folders(" ".join(text.split()))}, status)
+    return JSONResponse({"detail": state.without_folders(one_line(text))}, status)
 
 
 async def _refused(request: HttpRequest, error: Exception) -> Response:

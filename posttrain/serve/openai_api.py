@@ -19,7 +19,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from posttrain.backend.errors import ContextLengthError, CookbookError, EngineError
+from posttrain.backend.errors import ContextLengthError, CookbookError, EngineError, one_line
 from posttrain.backend.ranges import RangeError
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
@@ -144,7 +144,7 @@ async def no_endpoint(request: Request, error: Exception) -> JSONResponse:
 
 
 def _refused(error: Exception) -> JSONResponse:
-    text = " ".join(str(error).split())
+    text = one_line(error)
     match error:
         case Refusal():
             return error_response(error.status, text, error.param, error.code)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
-from posttrain.backend.errors import CookbookError, EngineError
+from posttrain.backend.errors import CookbookError, EngineError, one_line
 
 log = logging.getLogger("posttrain.serve")
 
@@ -46,7 +46,7 @@ def failure(error: BaseException, clean: Callable[[str], str] = str) -> Answer:
     else:
         log.error("a request failed", exc_info=error)
         category, text = "server", f"{type(error).__name__}: {error}"
-    return Answer(json.dumps({"error": clean(" ".join(text.split())), "category": category}).encode(), failed=True)
+    return Answer(json.dumps({"error": clean(one_line(text)), "category": category}).encode(), failed=True)
 
 
 @dataclass(eq=False)

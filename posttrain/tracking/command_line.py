@@ -21,7 +21,7 @@ from chz.blueprint._wildcard import wildcard_key_to_regex
 from chz.factories import MetaFromString
 from chz.tiepin import CastError, type_repr
 
-from posttrain.backend.errors import ConfigError, CookbookError
+from posttrain.backend.errors import ConfigError, CookbookError, one_line
 from posttrain.backend.extras import EXTRAS, how_to_install
 from posttrain.backend.ranges import RangeError
 from posttrain.tracking.command_help import help_text, presets_text, type_text
@@ -176,7 +176,7 @@ def parse(
     except CookbookError:
         raise
     except (EntrypointException, TypeError, ValueError) as error:  # a missing option, or a validator of the config
-        raise ConfigError(" ".join(str(error).split())) from error
+        raise ConfigError(one_line(error)) from error
 
 
 def _key_values(argv: list[str]) -> dict[str, str]:
@@ -326,7 +326,7 @@ def _load_class(path: str, target: str, parameter: Any) -> type:
     try:
         loaded_class = parameter.meta_factory.from_string(target)
     except (MetaFromString, ValueError) as error:
-        raise ConfigError(f"{path}={target}: {' '.join(str(error).split())}{_near(target, error)}") from None
+        raise ConfigError(f"{path}={target}: {one_line(error)}{_near(target, error)}") from None
     if not isinstance(loaded_class, type):
         raise ConfigError(
             f"{path}={target}: not a class; give module:Class of a subclass of {type_repr(parameter.type)}"

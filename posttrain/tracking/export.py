@@ -26,7 +26,7 @@ from posttrain.backend.checkpoint_files import (
     read_json,
 )
 from posttrain.backend.choices import check_choices
-from posttrain.backend.errors import ConfigError, CookbookError
+from posttrain.backend.errors import ConfigError, CookbookError, one_line
 from posttrain.backend.hub import hub_reason
 from posttrain.backend.models import end_token_ids, model_config
 from posttrain.backend.ranges import SEED
@@ -186,7 +186,7 @@ def _check_hub(name: str) -> None:
     try:
         validate_repo_id(name)
     except HFValidationError as error:
-        raise ConfigError(f"push_to={name} is not a repository name: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"push_to={name} is not a repository name: {one_line(error)}") from error
     try:
         api = HfApi()
         api.whoami()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from posttrain.backend.errors import ConfigError
+from posttrain.backend.errors import ConfigError, one_line
 from posttrain.backend.extras import missing
 from posttrain.tracking.run_folder import RunFolder
 from posttrain.tracking.settings import config_to_json
@@ -55,9 +55,8 @@ def _wandb(run: RunFolder, project: str, config: "RunConfig") -> Logger:
             settings=wandb.Settings(init_timeout=START_TIMEOUT, finish_timeout=END_TIMEOUT),
         )
     except wandb.Error as error:
-        reason = " ".join(str(error).split())[:200]
         raise ConfigError(
-            f"wandb_project={project}: {reason}; log in with `wandb login`, or set WANDB_MODE=offline and send the run "
+            f"wandb_project={project}: {one_line(error, 200)}; log in with `wandb login`, or set WANDB_MODE=offline and send the run "
             "later with `wandb sync`"
         ) from error
     id_file.write_text(logged.id + "\n")

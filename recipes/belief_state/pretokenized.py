@@ -22,7 +22,7 @@ from tokenize import TokenError  # of a damaged .npy header
 import chz
 import numpy as np
 
-from posttrain.backend.errors import ConfigError, DataError
+from posttrain.backend.errors import ConfigError, DataError, one_line
 from posttrain.backend.ranges import COUNT
 from posttrain.tracking.command_line import run_command
 from recipes.belief_state.text_data import TextData
@@ -102,9 +102,7 @@ class Shard:
             near = ", ".join(sorted(path.name for path in self.path.parent.glob("*.npy"))[:5])
             raise DataError(f"{self.path}: no such shard" + (f"; there are {near}" if near else "")) from None
         except (OSError, ValueError, EOFError, TokenError) as error:
-            raise DataError(
-                f"{self.path}: no array of numpy can be read from it: {' '.join(str(error).split())[:120]}"
-            ) from error
+            raise DataError(f"{self.path}: no array of numpy can be read from it: {one_line(error, 120)}") from error
         if not isinstance(tokens, np.ndarray) or tokens.ndim != 1 or tokens.dtype != DTYPE:
             shape = (
                 f"{tokens.dtype} of shape {tokens.shape}" if isinstance(tokens, np.ndarray) else type(tokens).__name__
