@@ -87,9 +87,7 @@ class ArithmeticTask(DrawnProblems):
 
     num_digits: int = chz.field(default=2, validator=COUNT, doc="most digits of an operand")
     min_digits: int | None = chz.field(
-        default=None,
-        validator=COUNT,
-        doc="fewest digits of an operand; None = num_digits",
+        default=None, validator=COUNT, doc="fewest digits of an operand; None = num_digits"
     )
     operators: str = chz.field(default="+", doc="operators that occur, a selection of + - *")
 

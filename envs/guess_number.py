@@ -103,9 +103,7 @@ class GuessNumberBuilder(GuessNumber, TextGameBuilder):
     """Numbers to guess by reinforcement learning."""
 
     max_guesses: int = chz.field(
-        default=4,
-        validator=COUNT,
-        doc="guesses after which an episode is lost; ceil(log2(max_span + 1)) suffice",
+        default=4, validator=COUNT, doc="guesses after which an episode is lost; ceil(log2(max_span + 1)) suffice"
     )
     guess_cost: float = chz.field(
         default=0.05, validator=NON_NEGATIVE, doc="subtracted from the reward for every guess after the first"

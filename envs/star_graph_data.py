@@ -52,9 +52,7 @@ class StarGraphTask:
     )
     num_test: int = chz.field(default=400, validator=WHOLE, doc="held-out graphs")
     test_seed: int = chz.field(
-        default=0,
-        validator=SEED,
-        doc="seed of the choice of held-out graphs; the same for all compared methods",
+        default=0, validator=SEED, doc="seed of the choice of held-out graphs; the same for all compared methods"
     )
     path: str | None = chz.field(
         default=None,

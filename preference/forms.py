@@ -150,8 +150,7 @@ def form_of(fields: Fields) -> Form:
     if len(forms) > 1:
         raise DataError(
             f"the fields {names_of(fields)} are those of two forms, {' and '.join(form.name for form in forms)}: say "
-            "which, as "
-            "dataset=chosen_rejected dataset.path=FILE or dataset=scored_samples dataset.path=FILE"
+            "which, as dataset=chosen_rejected dataset.path=FILE or dataset=scored_samples dataset.path=FILE"
         )
     if not forms:
         raise unknown(fields, {form.name: form.fields for form in FORMS}, "dataset.chosen_field=NAME and the like")

@@ -83,7 +83,6 @@ def _is_new(known: dict[str, float], key: str, logprob: float, file: Path) -> bo
     if key in known and not math.isclose(known[key], logprob, rel_tol=TOLERANCE, abs_tol=TOLERANCE):
         raise CheckpointError(
             f"{file}: an answer's logprob is {known[key]:.6g} there and {logprob:.6g} now: the weights that the run "
-            "started from "
-            "have changed; put them back, or start another run"
+            "started from have changed; put them back, or start another run"
         )
     return key not in known

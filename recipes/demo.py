@@ -42,9 +42,7 @@ class Config(rl_train.Config):
         doc="builder of the environments",
     )
     warm_start_nll: float = chz.field(
-        default=0.3,
-        validator=NON_NEGATIVE,
-        doc="nats per token at which the warm start ends",
+        default=0.3, validator=NON_NEGATIVE, doc="nats per token at which the warm start ends"
     )
     renderer_name: str | None = chz.field(default="plain", doc="role_colon, chat_template or plain")
     learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of RL, at its first step")

@@ -17,14 +17,7 @@ from posttrain.backend.checkpoint_files import SCALAR_HEAD_FILE, read_state
 from posttrain.backend.errors import CheckpointError
 from posttrain.backend.ranges import LEARNING_RATE, NON_NEGATIVE, SHARE
 from posttrain.backend.tokenizers import check_vocabulary
-from posttrain.backend.types import (
-    AdamParams,
-    Datum,
-    ForwardBackwardOutput,
-    LoraConfig,
-    ModelInput,
-    OptimStepResponse,
-)
+from posttrain.backend.types import AdamParams, Datum, ForwardBackwardOutput, LoraConfig, ModelInput, OptimStepResponse
 from posttrain.renderers.types import Tokenizer
 from posttrain.tracking.metrics_log import Metrics
 from rl.data_processing import Row, sampled_in_time, split_by_row

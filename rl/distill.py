@@ -43,9 +43,7 @@ class Distillation:
     )
     coef: float = chz.field(default=1.0, validator=NON_NEGATIVE, doc="weight of the reverse KL in the advantage")
     discount: float = chz.field(
-        default=0.0,
-        validator=SHARE,
-        doc="discount per token of the KL of later tokens of the rollout; 0 = own KL only",
+        default=0.0, validator=SHARE, doc="discount per token of the KL of later tokens of the rollout; 0 = own KL only"
     )
     centre: bool = chz.field(
         default=True,

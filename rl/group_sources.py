@@ -156,9 +156,8 @@ class GroupSource:
             if place >= len(builders_P):
                 raise ConfigError(
                     f"the checkpoint holds finished group {place} of batch {batch}, and "
-                    f"{type(self._dataset).__name__}.get_batch({batch}) "
-                    f"now has only {len(builders_P)} groups: resume with the env.batch_size (groups_per_batch) the run "
-                    "began with"
+                    f"{type(self._dataset).__name__}.get_batch({batch}) now has only {len(builders_P)} groups: resume "
+                    "with the env.batch_size (groups_per_batch) the run began with"
                 )
             refills = saved["group"].get("refills", 0)
             builder = self._builder(batch, place, refills) if refills else builders_P[place]

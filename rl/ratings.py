@@ -35,11 +35,7 @@ class Ratings:
 
 
 def elo_ratings(
-    points_NN: np.ndarray,
-    names: Sequence[str],
-    anchor: int = 0,
-    anchor_rating: float = 0.0,
-    prior_draws: float = 1.0,
+    points_NN: np.ndarray, names: Sequence[str], anchor: int = 0, anchor_rating: float = 0.0, prior_draws: float = 1.0
 ) -> Ratings:
     """`points_NN[i, j]` are i's points in its games against j: 1, 1/2 or 0 a game, or a share for a
     game of several seats. `anchor` has the rating `anchor_rating`.

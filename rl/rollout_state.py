@@ -46,13 +46,7 @@ def group_from_json(saved: dict[str, Any], builder: EnvGroupBuilder) -> Trajecto
 def _trajectory_to_json(trajectory: Trajectory) -> dict[str, Any]:
     """Of an observation that `continues` the turn before, only the new tokens."""
     turns = [
-        {
-            **vars(turn),
-            "ob": ob,
-            "continues": continues,
-            "ac": vars(turn.ac),
-            "metrics": _metrics_to_json(turn.metrics),
-        }
+        {**vars(turn), "ob": ob, "continues": continues, "ac": vars(turn.ac), "metrics": _metrics_to_json(turn.metrics)}
         for turn, (ob, continues) in zip(trajectory.transitions, trajectory.new_observations(), strict=True)
     ]
     return {"turns": turns, "stop_reason": trajectory.stop_reason}

@@ -197,8 +197,7 @@ def check_step(env: Env) -> None:
     except TypeError as error:
         raise MalformedStep(
             f"{type(env).__name__}.step cannot be called: {error}; rollouts call step(action), or step(action, "
-            "extra=...) "
-            "where it has that keyword"
+            "extra=...) where it has that keyword"
         ) from error
 
 

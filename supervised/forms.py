@@ -132,8 +132,7 @@ def form_of(fields: Fields) -> Form:
     if len(forms) > 1:
         raise DataError(
             f"the fields {names_of(fields)} are those of two forms, {' and '.join(form.name for form in forms)}: say "
-            "which with "
-            "dataset=conversations (messages) or dataset=prompt_completion, and dataset.path=FILE"
+            "which with dataset=conversations (messages) or dataset=prompt_completion, and dataset.path=FILE"
         )
     if not forms and has(fields, TEXT.fields):
         return TEXT

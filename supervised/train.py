@@ -72,14 +72,7 @@ async def main(config: Config) -> Metrics:
         client = service.create_training_client(config.model_name, config.lora(), config.seed)
         evaluator = NLLEvaluator(test_dataset) if test_dataset is not None and config.eval_every else None
         metrics = await training_loop(
-            config,
-            folder,
-            client,
-            dataset,
-            CrossEntropy(),
-            evaluator,
-            custom=custom,
-            stop_at_nll=config.stop_at_nll,
+            config, folder, client, dataset, CrossEntropy(), evaluator, custom=custom, stop_at_nll=config.stop_at_nll
         )
     finish(folder, metrics)
     return metrics

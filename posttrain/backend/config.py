@@ -87,8 +87,7 @@ class BackendConfig:
         "shared = unmerged, with one copy of the base in memory for both",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
-        default="auto",
-        doc="activations and sampler weights; auto = float32 on a CPU, bfloat16 on a GPU",
+        default="auto", doc="activations and sampler weights; auto = float32 on a CPU, bfloat16 on a GPU"
     )
     param_dtype: Literal["auto", "float32", "bfloat16"] = chz.field(
         default="auto",

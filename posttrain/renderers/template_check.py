@@ -54,6 +54,5 @@ def _first_difference(renderer: Renderer, roles: list[str], prompt: list[int], e
     return (
         f"{type(renderer).__name__} writes a prompt of {', '.join(roles)} differently from the tokenizer's chat "
         f"template. After {decode(tokenizer, prompt[max(0, t - 8) : t])!r} it writes "
-        f"{decode(tokenizer, prompt[t : t + 8])!r}, the template "
-        f"{decode(tokenizer, expected[t : t + 8])!r}"
+        f"{decode(tokenizer, prompt[t : t + 8])!r}, the template {decode(tokenizer, expected[t : t + 8])!r}"
     )

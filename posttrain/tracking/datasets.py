@@ -47,8 +47,7 @@ class ListDataset(DrawnDataset[T]):
             raise DataError(f"batch_size={batch_size} and {len(items):,} {noun}: a batch needs at least one")
         if shuffle and batch_size > length:
             print(
-                f"batch_size={batch_size} is more than the {length:,} {noun}: every batch holds all of them",
-                flush=True,
+                f"batch_size={batch_size} is more than the {length:,} {noun}: every batch holds all of them", flush=True
             )
         self.batch_size = min(batch_size, length)
         super().__init__(self.batch, -(-length // self.batch_size))

@@ -253,7 +253,6 @@ def _ask_about(path: Path, different: Changes) -> None:
     text = f"{path} was made with {changes_text(different)}"
     if not sys.stdin.isatty() or _answer(f"{text}. [c]ontinue with the new settings, or [q]uit? ", "cq") == "q":
         raise ConfigError(
-            f"{text}: give the old settings, behavior_if_log_dir_exists=resume_changed to continue with the new "
-            "ones, "
+            f"{text}: give the old settings, behavior_if_log_dir_exists=resume_changed to continue with the new ones, "
             "or another log_path"
         )

@@ -35,11 +35,9 @@ from recipes.belief_state.stories import mistakes
 
 INSTRUCTION = (
     "You are comparing two short stories, A and B, written for small children. Both have the same beginning and the "
-    "same end; their authors "
-    "wrote the middle. Look at plot, language and sense: say what is good and what is bad about each, argue for the "
-    "better one, then decide. "
-    "The better story is the one whose middle leads from the beginning to the end with the fewest abrupt transitions. "
-    "End with a line that holds one word: A, B or Tie."
+    "same end; their authors wrote the middle. Look at plot, language and sense: say what is good and what is bad "
+    "about each, argue for the better one, then decide. The better story is the one whose middle leads from the "
+    "beginning to the end with the fewest abrupt transitions. End with a line that holds one word: A, B or Tie."
 )
 
 
@@ -119,8 +117,8 @@ async def judge_files(config: Config, judge: Judge | None = None, judge_name: st
         error = next(vote for of_story in collected for vote in of_story if isinstance(vote, JudgeError))
         raise JudgeError(
             f"{result.failed} of {len(contests) * config.num_judges} votes failed "
-            f"(max_failed_fraction={config.max_failed_fraction}); "
-            f"the other votes are kept in {cache}. The first error: {error}"
+            f"(max_failed_fraction={config.max_failed_fraction}); the other votes are kept in {cache}. The first "
+            f"error: {error}"
         ) from error
     names = (config.first_name or Path(config.first).stem, config.second_name or Path(config.second).stem)
     _write(out, config, names, contests, collected, result)

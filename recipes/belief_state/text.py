@@ -40,8 +40,7 @@ class PretokenizedBuilder(TokenSourceBuilder):
 
     folder: str = chz.field(doc="folder of the shards")
     train_files: list[str] = chz.field(
-        default_factory=lambda: ["train_*.npy"],
-        doc='names or patterns, with an optional weight: "code.npy:2.5"',
+        default_factory=lambda: ["train_*.npy"], doc='names or patterns, with an optional weight: "code.npy:2.5"'
     )
     test_files: list[str] = chz.field(default_factory=lambda: ["test_*.npy"], doc="the same, held out")
     tokenizer: str | None = chz.field(default=None, doc="folder, tokenizer.json or hub name; None = FOLDER/tokenizer")

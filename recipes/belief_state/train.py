@@ -101,8 +101,7 @@ class Config(TrainingConfig):
     objective: PairObjective = chz.field(default_factory=lambda: PairObjective(min_gap=2), doc="the pairs of a BST")
     passes: PassConfig = chz.field(default_factory=PassConfig, doc="micro-batches and compilation")
     parallel: Literal["replicate", "shard"] = chz.field(
-        default="replicate",
-        doc="with torchrun: each process has all weights (replicate) or a shard of them (FSDP2)",
+        default="replicate", doc="with torchrun: each process has all weights (replicate) or a shard of them (FSDP2)"
     )
     seed: int = chz.field(default=0, validator=SEED, doc="of the weights and the order of the data")
     load_checkpoint_path: str | None = chz.field(

@@ -107,8 +107,7 @@ class Config:
     )
     human_solutions: bool = chz.field(default=False, doc="human solutions are candidates too, with reward 1")
     sweep_cost: SweepCost = chz.field(
-        default="given",
-        doc="charged: the sweep's samples count; given: methods without a sweep sample as many more",
+        default="given", doc="charged: the sweep's samples count; given: methods without a sweep sample as many more"
     )
     max_sampled_tokens: int = chz.field(
         default=200_000_000, validator=COUNT, doc="error at the start if the rounds could sample more"

@@ -270,9 +270,7 @@ class CodeTaskBuilder(ReadTaskBuilder):
         default_factory=lambda: StepFormat(separator="\n", answer_marker="```"), doc="separators of a solution's steps"
     )
     max_tokens: int = chz.field(
-        default=80,
-        validator=COUNT,
-        doc="maximum tokens of a sampled program; some hundreds for human-written problems",
+        default=80, validator=COUNT, doc="maximum tokens of a sampled program; some hundreds for human-written problems"
     )
 
     def source(self) -> ProblemSet:

@@ -49,9 +49,7 @@ class RandomPlayBuilder(SupervisedDatasetBuilder):
 
     task: TextArenaBuilder = chz.field(doc="the game")
     skill: float = chz.field(
-        default=0.0,
-        validator=SHARE,
-        doc="share of perfect moves; the others are random legal moves",
+        default=0.0, validator=SHARE, doc="share of perfect moves; the others are random legal moves"
     )
     n_batches: int = chz.field(default=400, validator=COUNT, doc="training batches per epoch")
 

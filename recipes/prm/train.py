@@ -67,8 +67,7 @@ class Config:
     """A process reward model for chains of sums."""
 
     stages: list[str] = chz.field(
-        default_factory=lambda: list(STAGES),
-        doc="stages to run, with those they need (see the file's header)",
+        default_factory=lambda: list(STAGES), doc="stages to run, with those they need (see the file's header)"
     )
     task: ChainTask = chz.field(
         default_factory=lambda: ChainTask(num_steps=5, max_total=9, max_term=2, num_test=300),

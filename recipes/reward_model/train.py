@@ -50,9 +50,7 @@ class Config:
     model_name: str = chz.field(default="tiny", doc="a preset, a local folder, or a Hugging Face hub name")
     renderer_name: str = chz.field(default="plain", doc="role_colon, chat_template or plain")
     batch_size: int = chz.field(
-        default=64,
-        validator=COUNT,
-        doc="examples per step; a label model has two per comparison, one in each order",
+        default=64, validator=COUNT, doc="examples per step; a label model has two per comparison, one in each order"
     )
     num_epochs: int = chz.field(default=3, validator=COUNT, doc="passes over the comparisons")
     eval_every: int = chz.field(

@@ -72,8 +72,7 @@ class Config:
     policy_steps: int = chz.field(default=200, validator=COUNT, doc="steps of reinforce, rl, dpo and rpo")
     classifier_steps: int = chz.field(default=500, validator=COUNT, doc="steps of the classifier of Q# and CD")
     classifier_trunk: Literal["bst", "scratch", "policy"] = chz.field(
-        default="bst",
-        doc="trunk of the classifier: bst's frozen forward encoder, random weights, or gpt",
+        default="bst", doc="trunk of the classifier: bst's frozen forward encoder, random weights, or gpt"
     )
     policy_learning_rate: float = chz.field(default=3e-4, validator=LEARNING_RATE, doc="of reinforce, rl, dpo and rpo")
     processes: int = chz.field(default=2, validator=COUNT, doc="methods that run in parallel, one thread each")
