@@ -7,7 +7,7 @@ import hashlib
 import json
 import tempfile
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -342,7 +342,38 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
         model = load(base)
     except ModelError as error:
         raise CheckpointError(f"the base model of the adapter {path} cannot be opened: {error}") from error
-    if base.fingerprint and not same_weights(base.fingerprint, fingerprint(model.state_dict().items())):
+    own = model.state_dict()
+    _check_base(path, base, own, config, saved)
+    copies = _copies_of_base(path, own)
+    head: Any = model.get_output_embeddings()
+    tied = head.weight if head is not None and head.weight is model.get_input_embeddings().weight else None
+    adapted = _opened_by_peft(path, base, model, config)
+    layers = (getattr(module, "base_layer", None) for module in adapted.modules())
+    if tied is not None and any(layer is not None and layer.weight is tied for layer in layers):
+        raise CheckpointError(
+            f"{path} adapts the embedding or the output layer of {base}, which are one matrix there: merged, the "
+            "adapter would change both"
+        )
+    _check_biases(path, config.get("bias") or "none", saved, adapted)
+    live = _tensors(adapted)
+    _check_same_layers(path, base, saved, live, copies)
+    with torch.no_grad():  # peft leaves out those whose names it converts wrongly
+        for name, tensor in saved_tensors(path).items():
+            if name in live:
+                live[name].copy_(tensor)
+    return adapted
+
+
+def _check_base(
+    path: Path,
+    base: Base,
+    own: Mapping[str, torch.Tensor],
+    config: dict[str, Any],
+    saved: Mapping[str, tuple[int, ...]],
+) -> None:
+    """That the adapter was trained on these tensors, and that merging it changes no others. A setting that peft does
+    not know is printed."""
+    if base.fingerprint and not same_weights(base.fingerprint, fingerprint(own.items())):
         raise CheckpointError(
             f"{path} was trained on the base model {base}, whose weights have changed since: restore them"
         )
@@ -350,7 +381,6 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
         raise CheckpointError(
             f"{path} is a LoRA adapter with layer_replication: layers share their weights, and merged it would change each"
         )
-    own = model.state_dict()
     for name, shape in saved.items():
         layer = own.get(name.removeprefix(IN_PEFT))
         if ".lora_" not in name and layer is not None and tuple(layer.shape) != shape:
@@ -364,13 +394,13 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
         print(
             f"warning: {path} has {unknown[0]}={config[unknown[0]]}, which the installed peft does not know and leaves out"
         )
-    copies = _copies_of_base(path, own)
-    head: Any = model.get_output_embeddings()
-    tied = head.weight if head is not None and head.weight is model.get_input_embeddings().weight else None
+
+
+def _opened_by_peft(path: Path, base: Base, model: PreTrainedModel, config: dict[str, Any]) -> PeftModel:
     try:
-        # missing tensors are warned of, which the next lines make an error
+        # missing tensors are warned of, which _check_same_layers makes an error
         with warnings.catch_warnings(action="ignore"), _of_text_model(path) as folder:
-            adapted = PeftModel.from_pretrained(model, str(folder))
+            return PeftModel.from_pretrained(model, str(folder))
     except RecursionError as error:
         # peft takes an unknown setting away and begins anew; one within another setting stays, for ever
         within = ", ".join(
@@ -384,30 +414,25 @@ def open_adapter(path: Path, load: Callable[[Base], PreTrainedModel]) -> PeftMod
         raise CheckpointError(
             f"the adapter {path} does not fit its base model {base}: {one_line(error, 300)}"
         ) from error
-    layers = (getattr(module, "base_layer", None) for module in adapted.modules())
-    if tied is not None and any(layer is not None and layer.weight is tied for layer in layers):
+
+
+def _check_same_layers(
+    path: Path, base: Base, saved: Collection[str], live: Mapping[str, torch.Tensor], copies: set[str]
+) -> None:
+    """That the files hold each tensor of the opened adapter, and but for `copies` no other."""
+    different = sorted(live.keys() ^ (set(saved) - (copies - live.keys())))
+    if not different:
+        return
+    if ".lora_" not in different[0] and different[0] in saved:
+        raise CheckpointError(_says_changed(path, different[0]))
+    if any(".unembed_tokens." in name for name in saved):
         raise CheckpointError(
-            f"{path} adapts the embedding or the output layer of {base}, which are one matrix there: merged, the "
-            "adapter would change both"
+            f"{path} is an adapter of the Tinker service, whose layers have names of their own (unembed_tokens): make "
+            "a whole model of it with tinker_cookbook.weights.build_hf_model, and give that"
         )
-    _check_biases(path, config.get("bias") or "none", saved, adapted)
-    live = _tensors(adapted)
-    if different := sorted(live.keys() ^ (saved.keys() - (copies - live.keys()))):
-        if ".lora_" not in different[0] and different[0] in saved:
-            raise CheckpointError(_says_changed(path, different[0]))
-        if any(".unembed_tokens." in name for name in saved):
-            raise CheckpointError(
-                f"{path} is an adapter of the Tinker service, whose layers have names of their own (unembed_tokens): make "
-                "a whole model of it with tinker_cookbook.weights.build_hf_model, and give that"
-            )
-        raise CheckpointError(
-            f"the adapter {path} does not fit its base model {base}: {different[0]} is in only one of the two"
-        )
-    with torch.no_grad():  # peft leaves out those whose names it converts wrongly
-        for name, tensor in saved_tensors(path).items():
-            if name in live:
-                live[name].copy_(tensor)
-    return adapted
+    raise CheckpointError(
+        f"the adapter {path} does not fit its base model {base}: {different[0]} is in only one of the two"
+    )
 
 
 def _check_biases(path: Path, bias: str, saved: Iterable[str], adapted: PeftModel) -> None:
