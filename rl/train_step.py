@@ -66,8 +66,9 @@ class Learner:
 @dataclass
 class StepOutcome:
     """Groups and data of a step. `advantages_P` is None for a group that was left out.
-    `token_advantages_P`: member -> advantages of its sampled tokens in time, all that is added to them included,
-    before reduction and mismatch weights. `on_policy_gap` is between sampler and trainer with the same weights, None without such data."""
+    `token_advantages_P`: member -> final advantages of its sampled tokens, before reduction and
+    mismatch weights. `on_policy_gap` is between sampler and trainer with the same weights, None
+    without such data."""
 
     groups_P: list[TrajectoryGroup] = field(default_factory=list)
     advantages_P: list[np.ndarray | None] = field(default_factory=list)
@@ -125,15 +126,39 @@ async def _prepare(
     places = trainable_groups(
         groups_P, config.advantage, config.remove_constant_reward_groups, config.limits.min_group_size
     )
-    rewarded_P = kept_P = [groups_P[p] for p in places]
-    rows, difference_D = rows_of(kept_P), []
+    kept_P = [groups_P[p] for p in places]
+    rows, advantages_P_G = await _with_advantages(learner, kept_P, metrics)
+    of_place = dict(zip(places, advantages_P_G, strict=True))
+    token_advantages_P: list[dict[int, np.ndarray]] = [{} for _ in groups_P]
+    for (p, g), advantages_N in sampled_advantages(rows).items():
+        token_advantages_P[places[p]][g] = advantages_N
+    outcome.groups_P += groups_P
+    outcome.advantages_P += [of_place.get(p) for p in range(len(groups_P))]
+    outcome.token_advantages_P += token_advantages_P
+    if not config.train_on_truncated:
+        rows = without_truncated(rows, kept_P)
+    num_rollouts = sum(len(group.trajectories_G) for group in groups_P)
+    rows = reduced(rows, config.loss_reduction, config.max_tokens or 0, num_rollouts)
+    sampled_D = [row.logprobs_T if kept_P[row.origin[0]].sampled_at_step == step else None for row in rows]
+    if config.mismatch.mode != "none" and rows:
+        with span("score"):
+            rows, mismatch_metrics = await corrected(learner.client, rows, config.mismatch)
+        metrics |= mismatch_metrics
+    return rows, sampled_D
+
+
+async def _with_advantages(
+    learner: Learner, groups_P: list[TrajectoryGroup], metrics: Metrics
+) -> tuple[list[Row], list[np.ndarray]]:
+    """The rows of the groups with an advantage for each token, normalised; and the advantages of the groups' members."""
+    config, rows, rewarded_P, difference_D = learner.config, rows_of(groups_P), groups_P, []
     if learner.reference and rows:
         with timed(metrics, "reference"), span("score"):
             reference_D = await learner.reference.logprobs([row.datum() for row in rows])
         difference_D = sampled_minus_reference(rows, reference_D)
         metrics |= kl_metrics(rows, difference_D)
         if config.kl.where == "reward":
-            rewarded_P = penalized_rewards(kept_P, rows, difference_D, config.kl.coef)
+            rewarded_P = penalized_rewards(groups_P, rows, difference_D, config.kl.coef)
     if config.length.kind != "none":
         rewarded_P, length_metrics = length_penalized(rewarded_P, config.length.checked(config.max_tokens or 0))
         metrics |= length_metrics
@@ -149,31 +174,13 @@ async def _prepare(
         rows = penalized_advantages(rows, [row.logprobs_T for row in rows], config.entropy_coef, 0.0)
     if learner.teachers and rows:
         with timed(metrics, "teacher"), span("score"):
-            teacher_difference_D, teacher_metrics = await learner.teachers.difference(kept_P, rows)
+            teacher_difference_D, teacher_metrics = await learner.teachers.difference(groups_P, rows)
         metrics |= teacher_metrics
         distill = config.distill
         rows = penalized_advantages(rows, teacher_difference_D, distill.coef, distill.discount, distill.centre)
     if config.normalize_advantages and rows:
         rows = normalized(rows)
-    token_advantages_P: list[dict[int, np.ndarray]] = [{} for _ in groups_P]
-    for (p, g), advantages_N in sampled_advantages(rows).items():
-        token_advantages_P[places[p]][g] = advantages_N
-    if not config.train_on_truncated:
-        rows = without_truncated(rows, kept_P)
-    num_rollouts = sum(len(group.trajectories_G) for group in groups_P)
-    rows = reduced(rows, config.loss_reduction, config.max_tokens or 0, num_rollouts)
-    sampled_D = [row.logprobs_T if kept_P[row.origin[0]].sampled_at_step == step else None for row in rows]
-    if config.mismatch.mode != "none" and rows:
-        with span("score"):
-            rows, mismatch_metrics = await corrected(learner.client, rows, config.mismatch)
-        metrics |= mismatch_metrics
-    advantages_P: list[np.ndarray | None] = [None] * len(groups_P)
-    for p, advantages_G in zip(places, advantages_P_G, strict=True):
-        advantages_P[p] = advantages_G
-    outcome.groups_P += groups_P
-    outcome.advantages_P += advantages_P
-    outcome.token_advantages_P += token_advantages_P
-    return rows, sampled_D
+    return rows, advantages_P_G
 
 
 class _Passes:

@@ -141,47 +141,51 @@ def check_data(
             raise DataError(f"datum {d} lacks loss_fn_inputs {missing}; it has {sorted(inputs)}")
         if inputs.keys() != keys:
             raise DataError(f"datum {d} has loss_fn_inputs {sorted(inputs)}, datum {first} has {sorted(keys)}")
-        for key, value in inputs.items():
-            if value.array.shape[:1] != (length,):
-                raise DataError(f"datum {d}: {key} has shape {value.shape}, model_input has {length} tokens")
-        targets = inputs["target_tokens"]
-        if targets.dtype != "int64" or targets.array.ndim > 2:
-            raise DataError(
-                f"datum {d}: target_tokens is {targets.dtype} of shape {targets.shape}: int64 of shape (T,) or (T, K) "
-                "is needed"
-            )
-        for key in (*required, *PER_TARGET) if required else ():
-            shape = inputs[key].shape if key in inputs else targets.shape
-            # weights of one number per token are those of the first of several targets
-            if shape != targets.shape and (key, len(shape)) != ("weights", 1):
-                raise DataError(f"datum {d}: {key} has shape {shape}, target_tokens {targets.shape}")
-    for key in keys:
-        arrays_D = [datum.loss_fn_inputs[key].array for datum in data_D]
+        _check_shapes(d, datum, required)
+    _check_values(data_D, required, vocabulary, first)
+
+
+def _check_shapes(d: int, datum: Datum, required: Sequence[str]) -> None:
+    length, inputs = datum.model_input.length, datum.loss_fn_inputs
+    for key, value in inputs.items():
+        if value.array.shape[:1] != (length,):
+            raise DataError(f"datum {d}: {key} has shape {value.shape}, model_input has {length} tokens")
+    targets = inputs["target_tokens"]
+    if targets.dtype != "int64" or targets.array.ndim > 2:
+        raise DataError(
+            f"datum {d}: target_tokens is {targets.dtype} of shape {targets.shape}: int64 of shape (T,) or (T, K) is needed"
+        )
+    for key in (*required, *PER_TARGET) if required else ():
+        shape = inputs[key].shape if key in inputs else targets.shape
+        # weights of one number per token are those of the first of several targets
+        if shape != targets.shape and (key, len(shape)) != ("weights", 1):
+            raise DataError(f"datum {d}: {key} has shape {shape}, target_tokens {targets.shape}")
+
+
+def _check_values(data_D: Sequence[Datum], required: Sequence[str], vocabulary: int, first: int) -> None:
+    arrays = {key: [datum.loss_fn_inputs[key].array for datum in data_D] for key in data_D[0].loss_fn_inputs}
+    for key, arrays_D in arrays.items():
         if (d := _first(arrays_D, lambda array: ~np.isfinite(array))) is not None:
             raise NonFiniteError(f"datum {first + d}: {key} is not finite", [first + d])
-    if "logprobs" in required:
-        logprobs_D = [datum.loss_fn_inputs["logprobs"].array for datum in data_D]
-        if (d := _first(logprobs_D, lambda array: array > ROUNDED)) is not None:
-            raise DataError(
-                f"datum {first + d}: logprobs above 0, which no probability has: give natural logarithms, neither "
-                "probabilities nor negative log-likelihoods"
-            )
-    if "temperature" in keys:  # a negative one would turn the distribution over, in silence
-        temperatures_D = [datum.loss_fn_inputs["temperature"].array for datum in data_D]
-        if (d := _first(temperatures_D, lambda array: array <= 0)) is not None:
-            raise DataError(
-                f"datum {first + d}: temperature must be above 0 at every token; 1 for tokens that were sampled greedily"
-            )
+    if "logprobs" in required and (d := _first(arrays["logprobs"], lambda array: array > ROUNDED)) is not None:
+        raise DataError(
+            f"datum {first + d}: logprobs above 0, which no probability has: give natural logarithms, neither "
+            "probabilities nor negative log-likelihoods"
+        )
+    # a negative temperature would turn the distribution over, in silence
+    if "temperature" in arrays and (d := _first(arrays["temperature"], lambda array: array <= 0)) is not None:
+        raise DataError(
+            f"datum {first + d}: temperature must be above 0 at every token; 1 for tokens that were sampled greedily"
+        )
     inputs_D = [np.array(datum.model_input.to_ints()) for datum in data_D]
     if floats := [d for d, tokens_T in enumerate(inputs_D, start=first) if tokens_T.dtype.kind not in "iu"]:
         raise DataError(f"datum {floats[0]}: model_input has tokens that are not whole numbers")
-    for tokens_D in ([datum.loss_fn_inputs["target_tokens"].array for datum in data_D], inputs_D):
+    for tokens_D in (arrays["target_tokens"], inputs_D):
         if (d := _first(tokens_D, lambda array: (array < 0) | (array >= vocabulary))) is not None:
             negative = bool((tokens_D[d] < 0).any())
             hint = "weights of 0 leave tokens out, not -100" if negative else "was it made with another tokenizer?"
             raise DataError(f"datum {first + d} has a token outside the vocabulary of {vocabulary}: {hint}")
-    targets_T, tokens_T = data_D[0].loss_fn_inputs["target_tokens"].array, inputs_D[0]
-    if np.array_equal(targets_T, tokens_T) and len(set(tokens_T)) > 1:
+    if np.array_equal(arrays["target_tokens"][0], inputs_D[0]) and len(set(inputs_D[0])) > 1:
         _say_unshifted()
 
 
