@@ -89,22 +89,17 @@ class SamplingClient(Ready):
         `prompt_alt_tokens_k` tokens are drawn at each of them.
         """
         tokens = _tokens(prompt)
-        if not isinstance(sampling_params, SamplingParams):
-            raise DataError(f"the sampling_params are {sampling_params!r:.100}, not SamplingParams")
-        stops = sampling_params.stop if isinstance(sampling_params.stop, Sequence) else ()
-        if wrong := [stop for stop in stops if isinstance(stop, int) and not 0 <= stop < self.vocabulary]:
-            raise RangeError("stop", wrong[0], f"a token of the vocabulary of {self.vocabulary}, or a text")
+        self._check_params(sampling_params)
         _check_topk(
             self.vocabulary, topk_prompt_logprobs=topk_prompt_logprobs, topk_sample_logprobs=topk_sample_logprobs
         )
-        if prompt_logprobs_last_n is not None and not (include_prompt_logprobs or topk_prompt_logprobs):
+        include_prompt_logprobs = include_prompt_logprobs or bool(topk_prompt_logprobs)
+        if prompt_logprobs_last_n is not None and not include_prompt_logprobs:
             raise ConfigError("prompt_logprobs_last_n is of prompt logprobs: set include_prompt_logprobs")
         last = _check_last(tokens, prompt_logprobs_last_n)
         room = self._check(tokens, num_samples)
-        max_tokens = min(room, sampling_params.max_tokens or room)
         check_scores(len(tokens), self.vocabulary, target_prompt_logprobs, prompt_alt_tokens_k)
         seed = sampling_params.seed if sampling_params.seed is not None else next(self._policy.unseeded_calls) << 20
-        topk = topk_prompt_logprobs if include_prompt_logprobs or topk_prompt_logprobs else None
         scores = None
         if target_prompt_logprobs is not None or prompt_alt_tokens_k:
             targets_TK = None if target_prompt_logprobs is None else target_prompt_logprobs.array
@@ -113,12 +108,12 @@ class SamplingClient(Ready):
             SequenceRequest(
                 tokens,
                 sampling_params,
-                max_tokens,
-                (seed + i) % 2**63,
-                topk if i == 0 else None,
-                on_tokens and partial(on_tokens, i),
-                topk_sample_logprobs,
-                scores if i == 0 else None,
+                max_tokens=min(room, sampling_params.max_tokens or room),
+                seed=(seed + i) % 2**63,
+                topk_prompt=topk_prompt_logprobs if include_prompt_logprobs and i == 0 else None,
+                on_tokens=on_tokens and partial(on_tokens, i),
+                topk_sample=topk_sample_logprobs,
+                scores=scores if i == 0 else None,
             )
             for i in range(num_samples)
         ]
@@ -171,6 +166,13 @@ class SamplingClient(Ready):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _check_params(self, params: SamplingParams) -> None:
+        if not isinstance(params, SamplingParams):
+            raise DataError(f"the sampling_params are {params!r:.100}, not SamplingParams")
+        stops = params.stop if isinstance(params.stop, Sequence) else ()
+        if wrong := [stop for stop in stops if isinstance(stop, int) and not 0 <= stop < self.vocabulary]:
+            raise RangeError("stop", wrong[0], f"a token of the vocabulary of {self.vocabulary}, or a text")
 
     def _check(self, tokens: Sequence[int], num_samples: int) -> int:
         """Number of tokens that fit after the prompt. Bad input raises here, not in the engine."""
