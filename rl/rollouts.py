@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from itertools import count
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
@@ -120,40 +120,99 @@ async def do_single_rollout(
 ) -> Trajectory:
     """One episode. RolloutError if it cannot be scored. The environment is always closed. The seats
     of a game share `clock`."""
-    limits, clock = limits or RolloutLimits(), clock or SamplingClock()
+    episode = _Episode(policy, env, seed, limits or RolloutLimits(), clock or SamplingClock())
     try:
-        trajectory = await _episode(policy, env, seed, limits, clock)
+        trajectory = await episode.play()
     except BaseException:
         with suppress(RolloutError):  # keep the first error
-            await call(step_checks.nothing, limits.env_seconds, clock, env, "close")
+            await episode.call(step_checks.nothing, "close")
         raise
-    await call(step_checks.nothing, limits.env_seconds, clock, env, "close")
+    await episode.call(step_checks.nothing, "close")
     return trajectory
 
 
-async def _episode(policy: Policy, env: Env, seed: Seed, limits: RolloutLimits, clock: SamplingClock) -> Trajectory:
-    started, seconds = time.monotonic(), limits.env_seconds
-    transitions: list[Transition] = []
-    ob, stop = await call(step_checks.first_observation, seconds, clock, env, "initial_observation")
-    for turn in count():
-        if reason := _limit_met(limits, transitions, ob, started):
-            return await _cut_short(env, transitions, reason, seconds, clock)
-        if turn == MANY_TURNS:
-            _say_endless(type(env).__name__)
+@dataclass
+class _Episode:
+    """An episode under way."""
+
+    policy: Policy
+    env: Env
+    seed: Seed
+    limits: RolloutLimits
+    clock: SamplingClock
+    turns: list[Transition] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    async def play(self) -> Trajectory:
+        ob, stop = await self.call(step_checks.first_observation, "initial_observation")
+        for turn in count():
+            if reason := self.limit_met(ob):
+                return await self.cut_short(reason)
+            if turn == MANY_TURNS:
+                _say_endless(type(self.env).__name__)
+            try:
+                with self.clock:
+                    ac = await self.sample(ob, stop)
+            except ContextLengthError as error:
+                if not self.turns:
+                    raise RolloutError(f"the first observation cannot be answered: {error}") from error
+                return await self.cut_short("context_length")
+            extra = {"extra": {"stop_reason": ac.stop_reason}} if step_checks.takes_extra(type(self.env)) else {}
+            result = await self.call(step_checks.step_result, "step", list(ac.tokens), **extra)
+            self.turns.append(Transition(ob, ac, result.reward, result.episode_done, result.metrics, result.logs))
+            if result.episode_done:
+                return Trajectory(self.turns)
+            ob, stop = extending(self.turns[-1], result.next_observation), result.next_stop_condition
+        raise AssertionError("unreachable")
+
+    async def call(self, check: Callable[[Any], T], method: str, *arguments: object, **keywords: object) -> T:
+        return await call(check, self.limits.env_seconds, self.clock, self.env, method, *arguments, **keywords)
+
+    def limit_met(self, ob: Observation) -> EpisodeEnd | None:
+        limits, turns = self.limits, self.turns
+        is_full = limits.max_trajectory_tokens and ob.length >= limits.max_trajectory_tokens
+        if not turns:
+            if is_full:
+                raise RolloutError(
+                    f"the first observation has {ob.length} tokens, max_trajectory_tokens={limits.max_trajectory_tokens}"
+                )
+            return None
+        if limits.max_turns and len(turns) >= limits.max_turns:
+            return "max_turns"
+        if is_full:
+            return "max_trajectory_tokens"
+        if limits.max_sampled_tokens and self.num_sampled() >= limits.max_sampled_tokens:
+            return "max_sampled_tokens"
+        if limits.rollout_seconds and time.monotonic() - self.started >= limits.rollout_seconds:
+            return "timeout"
+        return None
+
+    def num_sampled(self) -> int:
+        return sum(len(turn.ac.tokens) for turn in self.turns)
+
+    async def sample(self, ob: Observation, stop: StopCondition) -> TokensWithLogprobs:
+        limits, turn = self.limits, len(self.turns)
+        room = [limits.max_sampled_tokens - self.num_sampled()] if limits.max_sampled_tokens else []
+        room += [limits.max_trajectory_tokens - ob.length] if limits.max_trajectory_tokens else []
         try:
-            with clock:
-                ac = await _sample(policy, ob, stop, (*seed, turn), limits, transitions)
-        except ContextLengthError as error:
-            if not transitions:
-                raise RolloutError(f"the first observation cannot be answered: {error}") from error
-            return await _cut_short(env, transitions, "context_length", seconds, clock)
-        extra = {"extra": {"stop_reason": ac.stop_reason}} if step_checks.takes_extra(type(env)) else {}
-        result = await call(step_checks.step_result, seconds, clock, env, "step", list(ac.tokens), **extra)
-        transitions.append(Transition(ob, ac, result.reward, result.episode_done, result.metrics, result.logs))
-        if result.episode_done:
-            return Trajectory(transitions)
-        ob, stop = extending(transitions[-1], result.next_observation), result.next_stop_condition
-    raise AssertionError("unreachable")
+            with span("sampling"):
+                async with asyncio.timeout(limits.sampling_seconds):
+                    return await self.policy(ob, stop, (*self.seed, turn), min(room, default=None))
+        except TimeoutError as error:
+            raise EnvTimeout(f"sampling turn {turn} took more than {limits.sampling_seconds:g} s") from error
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is None or task.cancelling():  # by the run
+                raise
+            raise EnvError(f"sampling turn {turn} was cancelled, and not by the run") from error
+        except DataError as error:  # e.g. a token outside the vocabulary
+            raise MalformedStep(f"the observation of turn {turn} cannot be sampled from: {error}") from error
+
+    async def cut_short(self, reason: EpisodeEnd) -> Trajectory:
+        reward, metrics = await self.call(step_checks.reward_and_metrics, "cut_short", reason)
+        last = self.turns[-1]
+        last.reward, last.metrics = last.reward + reward, last.metrics | metrics
+        return Trajectory(self.turns, reason)
 
 
 @cache
@@ -172,64 +231,6 @@ def extending(turn: Transition, ob: Observation) -> Observation:
     if tokens[: len(seen)] != seen:
         return ModelInput.kept(tokens)
     return turn.extended(tokens[len(seen) :])
-
-
-async def _sample(
-    policy: Policy,
-    ob: Observation,
-    stop: StopCondition,
-    seed: Seed,
-    limits: RolloutLimits,
-    transitions: list[Transition],
-) -> TokensWithLogprobs:
-    room = [limits.max_sampled_tokens - _sampled(transitions)] if limits.max_sampled_tokens else []
-    room += [limits.max_trajectory_tokens - ob.length] if limits.max_trajectory_tokens else []
-    try:
-        with span("sampling"):
-            async with asyncio.timeout(limits.sampling_seconds):
-                return await policy(ob, stop, seed, min(room, default=None))
-    except TimeoutError as error:
-        raise EnvTimeout(f"sampling turn {len(transitions)} took more than {limits.sampling_seconds:g} s") from error
-    except asyncio.CancelledError as error:
-        task = asyncio.current_task()
-        if task is None or task.cancelling():  # by the run
-            raise
-        raise EnvError(f"sampling turn {len(transitions)} was cancelled, and not by the run") from error
-    except DataError as error:  # e.g. a token outside the vocabulary
-        raise MalformedStep(f"the observation of turn {len(transitions)} cannot be sampled from: {error}") from error
-
-
-def _limit_met(
-    limits: RolloutLimits, transitions: list[Transition], ob: Observation, started: float
-) -> EpisodeEnd | None:
-    if not transitions:
-        if limits.max_trajectory_tokens and ob.length >= limits.max_trajectory_tokens:
-            raise RolloutError(
-                f"the first observation has {ob.length} tokens, max_trajectory_tokens={limits.max_trajectory_tokens}"
-            )
-        return None
-    if limits.max_turns and len(transitions) >= limits.max_turns:
-        return "max_turns"
-    if limits.max_trajectory_tokens and ob.length >= limits.max_trajectory_tokens:
-        return "max_trajectory_tokens"
-    if limits.max_sampled_tokens and _sampled(transitions) >= limits.max_sampled_tokens:
-        return "max_sampled_tokens"
-    if limits.rollout_seconds and time.monotonic() - started >= limits.rollout_seconds:
-        return "timeout"
-    return None
-
-
-def _sampled(transitions: list[Transition]) -> int:
-    return sum(len(transition.ac.tokens) for transition in transitions)
-
-
-async def _cut_short(
-    env: Env, transitions: list[Transition], reason: EpisodeEnd, seconds: float, clock: SamplingClock
-) -> Trajectory:
-    reward, metrics = await call(step_checks.reward_and_metrics, seconds, clock, env, "cut_short", reason)
-    last = transitions[-1]
-    last.reward, last.metrics = last.reward + reward, last.metrics | metrics
-    return Trajectory(transitions, reason)
 
 
 # --- a group ------------------------------------------------------------------------------------
@@ -266,17 +267,27 @@ async def do_group_rollout(
 async def _roll_out(
     builder: EnvGroupBuilder, policy: Policy, seed: Seed, limits: RolloutLimits, slots: asyncio.Semaphore
 ) -> TrajectoryGroup:
+    async def play(env: Env, g: int, seed: Seed, clock: SamplingClock | None) -> _Member:
+        async with slots:
+            for retry in count():
+                try:
+                    if retry:
+                        seed = (*seed, RETRY + retry - 1)
+                        env = await _make_env_again(builder, g, limits)
+                    return _Member(env, await do_single_rollout(policy, env, seed, limits, clock), retry)
+                except RolloutError as error:
+                    if retry == limits.max_retries or not builder.members_are_independent:
+                        return _Member(env, error, retry)
+        raise AssertionError("unreachable")
+
     attempts = 1 if builder.members_are_independent else limits.max_retries + 1
     for attempt in range(attempts):
         envs_G = await make_envs(builder, limits)
         seeds_G = [(*seed, g) if attempt == 0 else (*seed, g, RETRY + attempt) for g in range(len(envs_G))]
         clock = None if builder.members_are_independent else SamplingClock()
         async with asyncio.TaskGroup() as tasks:
-            members = [
-                tasks.create_task(_member(builder, policy, env, g, seeds_G[g], limits, slots, clock))
-                for g, env in enumerate(envs_G)
-            ]
-        finished = [member.result() for member in members]
+            members = [tasks.create_task(play(env, g, seeds_G[g], clock)) for g, env in enumerate(envs_G)]
+        finished = [task.result() for task in members]
         if not any(isinstance(member.outcome, RolloutError) for member in finished):
             break
     group = await _score(builder, finished, limits)
@@ -289,29 +300,6 @@ class _Member:
     env: Env
     outcome: Trajectory | RolloutError
     retries: int
-
-
-async def _member(
-    builder: EnvGroupBuilder,
-    policy: Policy,
-    env: Env,
-    g: int,
-    seed: Seed,
-    limits: RolloutLimits,
-    slots: asyncio.Semaphore,
-    clock: SamplingClock | None,
-) -> _Member:
-    async with slots:
-        for attempt in count():
-            try:
-                if attempt:
-                    seed = (*seed, RETRY + attempt - 1)
-                    env = await _make_env_again(builder, g, limits)
-                return _Member(env, await do_single_rollout(policy, env, seed, limits, clock), attempt)
-            except RolloutError as error:
-                if attempt == limits.max_retries or not builder.members_are_independent:
-                    return _Member(env, error, attempt)
-    raise AssertionError("unreachable")
 
 
 async def _make_env_again(builder: EnvGroupBuilder, g: int, limits: RolloutLimits) -> Env:
