@@ -133,7 +133,7 @@ KTO = Form(
 )
 CONVERSATION = ("messages", "conversations")
 MARKED = tuple(
-    Form("conversations marked good and bad", (name, mark), *KTO[2:4], renamed=_of_marked_conversation)
+    Form("conversations marked good and bad", (name, mark), KTO.builder, KTO.settings, _of_marked_conversation)
     for name in CONVERSATION
     for mark in IS_GOOD
 )

@@ -48,7 +48,7 @@ from posttrain.tracking.settings import (
 )
 from rl.evaluation_page import notices, print_results, write_page
 from rl.evaluation_results import Estimates, Ratios, Values, differences, estimates, problem_values
-from rl.evaluators import all_groups, merged
+from rl.evaluators import all_groups, merged, powers_of_two
 from rl.names import BENCHMARKS, ENVS
 from rl.rollout_state import group_from_json, group_to_json
 from rl.rollouts import Policy, RolloutLimits, check_failures, do_group_rollout, raise_first
@@ -95,7 +95,7 @@ class Config:
         return (0.0 if self.num_samples == 1 else 1.0) if self.temperature is None else self.temperature
 
     def sample_sizes(self) -> tuple[int, ...]:
-        return self.ks or tuple(2**i for i in range(self.num_samples.bit_length()))
+        return self.ks or powers_of_two(self.num_samples)
 
 
 @dataclass(frozen=True)

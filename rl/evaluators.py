@@ -58,8 +58,7 @@ class RLTestSetEvaluator:
 
 class SamplesEvaluator:
     """`num_samples` rollouts of every held-out group, and `test/env/all/pass@k`, `maj@k`, `best@k`
-    for each k, with `..._stderr` over problems. `ks` None means the powers of two up to
-    `num_samples`.
+    for k = 1, 2, 4, ... up to `num_samples`, with `..._stderr` over problems.
 
     pass@k and maj@k need the metric `correct` in the last turn; maj@k also the log `extracted`, or
     `vote`, the same text for equal answers (no answer where the metric `format` is 0). best@k is the
@@ -72,15 +71,13 @@ class SamplesEvaluator:
         dataset: RLDataset,
         max_tokens: int,
         num_samples: int = 8,
-        ks: Sequence[int] | None = None,
         temperature: float = 1.0,
         seed: int = 0,
         name: str = "test",
         limits: RolloutLimits | None = None,
     ):
-        self._ks = tuple(ks) if ks else tuple(2**i for i in range(num_samples.bit_length()))
-        if num_samples < 1 or not all(1 <= k <= num_samples for k in self._ks):
-            raise ConfigError(f"ks={self._ks} must be between 1 and num_samples={num_samples}")
+        if num_samples < 1:
+            raise ConfigError(f"num_samples={num_samples}: at least 1 is needed")
         if temperature <= 0 and num_samples > 1:
             raise ConfigError("temperature=0 gives the same sample every time: pass@k needs a temperature above 0")
         self._builders = all_groups(dataset)
@@ -99,7 +96,9 @@ class SamplesEvaluator:
         self.groups = [merged(sampled[p :: len(self._builders)]) for p in range(len(self._builders))]
         prefix = f"{self._name}/env/all"
         lost = sum(len(group.errors) for group in self.groups)
-        return {f"{prefix}/samples_lost": float(lost)} | sample_metrics(self.groups, self._ks, prefix)
+        return {f"{prefix}/samples_lost": float(lost)} | sample_metrics(
+            self.groups, powers_of_two(self._num_samples), prefix
+        )
 
 
 @chz.chz
@@ -130,7 +129,7 @@ class EnvEvaluator(EvaluatorBuilder):
             evaluator = RLTestSetEvaluator(dataset, max_tokens, self.temperature or 0.0, **common)
         else:
             temperature = 1.0 if self.temperature is None else self.temperature
-            evaluator = SamplesEvaluator(dataset, max_tokens, self.num_samples, None, temperature, **common)
+            evaluator = SamplesEvaluator(dataset, max_tokens, self.num_samples, temperature, **common)
 
         async def evaluate(model: Evaluated) -> Metrics:
             metrics = await evaluator(await model.sampling_client())
@@ -139,6 +138,11 @@ class EnvEvaluator(EvaluatorBuilder):
             return metrics
 
         return evaluate
+
+
+def powers_of_two(num_samples: int) -> tuple[int, ...]:
+    """1, 2, 4, ... up to `num_samples`."""
+    return tuple(2**i for i in range(num_samples.bit_length()))
 
 
 def sample_metrics(groups_P: Sequence[TrajectoryGroup], ks: Sequence[int], prefix: str) -> Metrics:

@@ -100,13 +100,13 @@ async def main(config: Config) -> Metrics:
             dataset,
             num_steps,
             max_tokens,
-            config.temperature,
-            config.seed,
-            config.limits,
-            config.max_steps_off_policy,
-            config.num_minibatches,
-            config.concurrent_rollouts,
-            config.max_refills,
+            temperature=config.temperature,
+            seed=config.seed,
+            limits=config.limits,
+            max_steps_off_policy=config.max_steps_off_policy,
+            num_minibatches=config.num_minibatches,
+            concurrent_rollouts=config.concurrent_rollouts,
+            max_refills=config.max_refills,
         )
         loop = Loop(config, folder, renderer.tokenizer, learner, evaluators, custom, source, timeline)
         metrics = await loop.run(num_steps)
