@@ -17,7 +17,8 @@ import chz
 import pytest
 
 from posttrain.backend.errors import ConfigError
-from posttrain.tracking.command_line import USUAL_NAMES, parse
+from posttrain.tracking.command_line import parse
+from posttrain.tracking.option_hints import USUAL_NAMES
 
 if TYPE_CHECKING:
     from fractions import Fraction

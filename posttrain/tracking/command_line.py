@@ -5,7 +5,6 @@ from files, chz's references (`a@=b`).
 """
 
 import asyncio
-import difflib
 import os
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Mapping
@@ -22,12 +21,12 @@ from chz.factories import MetaFromString
 from chz.tiepin import CastError, type_repr
 
 from posttrain.backend.errors import ConfigError, CookbookError, one_line
-from posttrain.backend.extras import EXTRAS, how_to_install
 from posttrain.backend.ranges import RangeError
 from posttrain.tracking.command_help import help_text, presets_text, type_text
 from posttrain.tracking.how_to_resume import remember_options
 from posttrain.tracking.one_line_errors import one_line_errors
 from posttrain.tracking.open_files import allow_open_files
+from posttrain.tracking.option_hints import class_meant, did_you_mean, option_meant, unknown_name
 from posttrain.tracking.stop_request import ctrl_c_at_once
 
 Config = TypeVar("Config")
@@ -36,49 +35,6 @@ Config = TypeVar("Config")
 ShortNames = Mapping[str, Mapping[str, str]]
 # option -> its value -> the options this value sets, unless they are given ("algorithm=grpo")
 Presets = Mapping[str, Mapping[str, Mapping[str, str]]]
-
-# of preference/names.py, which other programs take as supervised sets or environments
-PREFERENCE_SETS = ("hhh", "ultrafeedback", "helpsteer2", "helpsteer3")
-# names of our options in other programs
-USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
-    "lr": ("learning_rate",),
-    **dict.fromkeys(
-        ("bs", "batch", "batch_size", "train_batch_size", "per_device_train_batch_size"),
-        ("batch_size", "groups_per_batch", "dataset.batch_size", "env.batch_size"),
-    ),
-    **dict.fromkeys(("num_generations", "num_rollouts", "rollouts_per_prompt"), ("group_size", "env.group_size")),
-    **dict.fromkeys(("max_completion_length", "max_response_length", "max_new_tokens"), ("max_tokens",)),
-    **dict.fromkeys(("kl_penalty_coef", "kl_coef", "kl_loss_coef", "beta"), ("kl.coef", "method.beta")),
-    **dict.fromkeys(("kl_reference_config", "ref_model", "reference_model"), ("kl.reference_path",)),
-    **dict.fromkeys(("gradient_accumulation_steps", "micro_batch_size"), ("backend.micro_batch_tokens",)),
-    **dict.fromkeys(("max_grad_norm", "clip_grad_norm"), ("grad_clip_norm",)),
-    **dict.fromkeys(("lr_scheduler_type", "scheduler"), ("lr_schedule",)),
-    **dict.fromkeys(("save_steps", "eval_steps"), ("save_every", "eval_every")),
-    **dict.fromkeys(("warmup", "warmup_ratio"), ("warmup_steps",)),
-    **dict.fromkeys(("bf16", "fp16", "torch_dtype", "dtype"), ("backend.dtype",)),
-    **dict.fromkeys(("model", "base_model", "model_name_or_path"), ("model_name",)),
-    **dict.fromkeys(("lora", "lora_r", "rank", "r"), ("lora_rank",)),
-    **dict.fromkeys(("steps", "num_steps", "n_steps"), ("max_steps", "num_steps")),
-    **dict.fromkeys(("epochs", "num_train_epochs"), ("num_epochs",)),
-    **dict.fromkeys(("output_dir", "out", "output"), ("log_path",)),
-    **dict.fromkeys(("data", "train_file"), ("dataset", "env")),
-    **dict.fromkeys(("ctx", "max_seq_length", "max_length"), ("backend.max_length",)),
-    **dict.fromkeys(("wandb", "project", "report_to"), ("wandb_project",)),
-    **dict.fromkeys(("checkpoint", "init_from"), ("load_checkpoint_path",)),
-    **dict.fromkeys(("resume", "overwrite"), ("behavior_if_log_dir_exists",)),
-    **dict.fromkeys(("temp",), ("temperature",)),
-    "backend.weight_sync": ("backend.sync_dir",),  # of earlier versions: files are the only way
-}
-
-
-# first parts of options, and the commands that have them
-OTHER_COMMANDS: Mapping[str, str] = {
-    "dataset": "supervised/train_cli.py and preference/train_cli.py",
-    "method": "preference/train_cli.py",
-    **dict.fromkeys(
-        ("env", "group_size", "groups_per_batch", "algorithm", "advantage", "max_tokens"), "rl/train_cli.py"
-    ),
-}
 
 
 def by_name(target: str) -> Callable[[], Any]:
@@ -202,9 +158,9 @@ def _preset_values(given: dict[str, str], presets: Presets) -> dict[str, str]:
         if (name := given.get(option, "None")) in choices:
             values |= choices[name]
         elif name != "None":
-            nearest = difflib.get_close_matches(name, choices, n=1, cutoff=0.5)
-            hint = f"did you mean {nearest[0]}? " if nearest else ""
-            raise ConfigError(f"{option}={name}: no such name; {hint}known: {', '.join(choices)}")
+            raise ConfigError(
+                f"{option}={name}: no such name; {did_you_mean(name, choices)}known: {', '.join(choices)}"
+            )
     return values
 
 
@@ -302,23 +258,7 @@ def _resolve(path: str, value: str, names: Mapping[str, str]) -> tuple[str, dict
         return target, dict(field.split("=", 1) for field in fields)
     if ":" in value or not names:
         return value, {}
-    nearest = difflib.get_close_matches(value, [name for name in names if "*" not in name], n=1, cutoff=0.5)
-    hint = f"did you mean {nearest[0]}? " if nearest else ""
-    module, _, last = value.rpartition(".")
-    if last == "py":
-        hint = f"in the folder of the file write {path}={Path(value).stem}:CLASS; "
-    elif module and last[0:1].isupper():
-        hint = f"did you mean {module}:{last}? "
-    elif value in PREFERENCE_SETS:
-        hint = f"it is a set of preferences: preference/train_cli.py dataset={value}; "
-    elif "/" in value and "huggingface" in names:
-        hint = f"a data set of the hub is {path}=huggingface {path}.name={value}; "
-    fault = "no such name"
-    if os.path.exists(value):
-        fault = f"a {'folder' if os.path.isdir(value) else 'file'} that no short name reads"
-        if "huggingface" in names and last != "py":
-            hint = f"{path}=huggingface {path}.name={value} reads folders and tables; "
-    raise ConfigError(f"{path}={value}: {fault}; {hint}known: {', '.join(names)}, or module:Class")
+    raise ConfigError(unknown_name(path, value, names))
 
 
 def _load_class(path: str, target: str, parameter: Any) -> type:
@@ -326,7 +266,7 @@ def _load_class(path: str, target: str, parameter: Any) -> type:
     try:
         loaded_class = parameter.meta_factory.from_string(target)
     except (MetaFromString, ValueError) as error:
-        raise ConfigError(f"{path}={target}: {one_line(error)}{_near(target, error)}") from None
+        raise ConfigError(f"{path}={target}: {one_line(error)}{class_meant(target, error)}") from None
     if not isinstance(loaded_class, type):
         raise ConfigError(
             f"{path}={target}: not a class; give module:Class of a subclass of {type_repr(parameter.type)}"
@@ -349,25 +289,6 @@ def _check_annotations(option: str, kind: type, seen: set[type]) -> None:
         for part in (of_field, *get_args(of_field)):
             if isinstance(part, type) and part not in seen:
                 _check_annotations(option, part, seen)
-
-
-def _near(target: str, error: Exception) -> str:
-    """The package that the module lacks; or a name of the module, or a module of the current folder, that is nearly
-    the one given."""
-    module, _, name = target.partition(":")
-    cause = error.__context__
-    missing = cause.name or module if isinstance(cause, ModuleNotFoundError) else module
-    if not f"{module}.".startswith(f"{missing}."):
-        package = missing.partition(".")[0]
-        if package in EXTRAS:
-            return f"; {package} is not installed: {how_to_install(package)}"
-        return f"; {package} is neither installed nor in the current folder"
-    loaded = sys.modules.get(module)
-    known = dir(loaded) if loaded else [file.stem for file in Path.cwd().glob("*.py")]
-    near = difflib.get_close_matches(name if loaded else module, known, n=1)
-    if near and near[0] != (name if loaded else module):
-        return f"; did you mean {module if loaded else near[0]}:{near[0] if loaded else name}?"
-    return "" if loaded else "; is its file in the current folder?"
 
 
 def _check_chosen(blueprint: Blueprint[Any], parameters: Mapping[str, Any]) -> None:
@@ -411,10 +332,7 @@ def _check_option(key: str, value: str, parameters: Mapping[str, Any]) -> None:
     ancestors = [key.rsplit(".", count)[0] for count in range(1, key.count(".") + 1)]
     ancestor = next((path for path in ancestors if path in parameters), None)
     if not paths and (ancestor is None or not _takes_any_key(parameters[ancestor].type)):
-        hint, elsewhere = _nearest(key, parameters), OTHER_COMMANDS.get(key.partition(".")[0])
-        if elsewhere and not hint:
-            hint = f"it is one of {elsewhere}; "
-        raise ConfigError(f"unknown option {key!r}; {hint}--help lists the options")
+        raise ConfigError(f"unknown option {key!r}; {option_meant(key, parameters)}--help lists the options")
     for path in paths:
         if not value and type(None) in get_args(parameters[path].type):  # a shell's $CHECKPOINT that is not set
             raise ConfigError(f"{path}= is empty: give a value, or {path}=None, or leave it out")
@@ -427,17 +345,3 @@ def _check_option(key: str, value: str, parameters: Mapping[str, Any]) -> None:
 
 def _takes_any_key(kind: Any) -> bool:
     return any(get_origin(part) in (dict, list, tuple) for part in (kind, *get_args(kind)))
-
-
-def _nearest(key: str, parameters: Mapping[str, Any]) -> str:
-    def likeness(path: str) -> float:
-        pairs = [(key.strip("."), path), (key.rsplit(".", 1)[-1], path.rsplit(".", 1)[-1])]
-        whole, last = (difflib.SequenceMatcher(a=left, b=right).ratio() for left, right in pairs)
-        return max(whole, last) + 0.01 * whole  # among equals, the one at the same place
-
-    usual = [path for path in USUAL_NAMES.get(key.strip("."), ()) if path in parameters]
-    if usual:
-        return f"did you mean {' or '.join(usual)}? "
-    best = sorted(parameters, key=likeness, reverse=True)[:3]
-    best = [path for path in best if likeness(path) > max(0.65, likeness(best[0]) - 0.15)]
-    return f"did you mean {' or '.join(best)}? " if best else ""
