@@ -114,7 +114,7 @@ def open_llm(client: TrainingClient, size: Size, seeded: bool) -> tuple[VllmEngi
     engine = VllmEngine(
         trainer.hf_config, client.get_tokenizer(), trainer.max_length, size.config, trainer.device, seeded
     )
-    engine.load_weights(trainer.sampler_weights())
+    engine.load_weights(trainer.sampled.sampler_weights())
     with (
         tempfile.TemporaryDirectory() as folder,
         patch.object(LLMEngine, "from_engine_args", lambda **_: engine._engine),

@@ -191,14 +191,7 @@ class Loop:
         self.source.set_policy(step, self.sampling_client)
         outcome = await train_step(self.learner, self.source, step, adam, metrics)
         metrics |= compute_trajectory_metrics(outcome.groups_P)
-        penalty_alone = self.config.kl.coef and not (
-            self.config.entropy_coef or self.learner.teachers or self.learner.critic
-        )
-        of_rewards_P = outcome.advantages_P if penalty_alone and self.config.kl.where == "advantage" else None
-        notice = step_checks.without_signal(outcome.groups_P, outcome.token_advantages_P, of_rewards_P)
-        if notice and not self.said_without_signal:
-            self.said_without_signal = True
-            print(f"WARNING step {step + 1}: {notice}", flush=True)
+        self.warn_without_signal(outcome, step)
         self.compare_rollouts(outcome, metrics)
         with timed(metrics, "sync"):
             self.sampling_client = await self.sync(step, outcome.data_D)
@@ -257,6 +250,16 @@ class Loop:
             raise write_offending_data(self.folder, step, [datum], infinite) from error
         metrics |= {"optim/probe_logprob_gap": whole.mean, "optim/probe_sampled_gap": sampled.mean}
         compare_with_sampler(self.alarms, whole, sampled, temperature)
+
+    def warn_without_signal(self, outcome: StepOutcome, step: int) -> None:
+        """Of the first step that teaches nothing."""
+        config, learner = self.config, self.learner
+        penalty_alone = config.kl.coef and not (config.entropy_coef or learner.teachers or learner.critic)
+        of_rewards_P = outcome.advantages_P if penalty_alone and config.kl.where == "advantage" else None
+        notice = step_checks.without_signal(outcome.groups_P, outcome.token_advantages_P, of_rewards_P)
+        if notice and not self.said_without_signal:
+            self.said_without_signal = True
+            print(f"WARNING step {step + 1}: {notice}", flush=True)
 
     def compare_rollouts(self, outcome: StepOutcome, metrics: Metrics) -> None:
         """Compares on-policy rollouts only. Stale rollouts and later substeps differ by design."""

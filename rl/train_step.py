@@ -150,7 +150,8 @@ async def _prepare(
 async def _with_advantages(
     learner: Learner, groups_P: list[TrajectoryGroup], metrics: Metrics
 ) -> tuple[list[Row], list[np.ndarray]]:
-    """The rows of the groups with an advantage for each token, normalised; and the advantages of the groups' members."""
+    """The rows of the groups with an advantage for each token, normalised; and the members'
+    advantages, which the critic and the penalties are not in."""
     config, rows, rewarded_P, difference_D = learner.config, rows_of(groups_P), groups_P, []
     if learner.reference and rows:
         with timed(metrics, "reference"), span("score"):

@@ -106,7 +106,7 @@ def test_an_adapter_is_merged_or_stays_alone(folders: dict[str, Path], tmp_path:
     with ServiceClient(BackendConfig(engine="torch"), tmp_path) as service:
         client = service.create_training_client_from_state(str(folders["adapter"] / "checkpoints/final"))
         client.save_weights_and_get_sampling_client()
-        live = {name: tensor.detach().clone().cpu() for name, tensor in client._trainer.sampler_weights()}  # type: ignore[attr-defined]
+        live = {name: tensor.detach().clone().cpu() for name, tensor in client._trainer.sampled.sampler_weights()}  # type: ignore[attr-defined]
     out = exported(folders, "adapter", tmp_path / "merged")
     merged = load_file(out / "model.safetensors")
     assert all(torch.allclose(live[name], tensor, atol=1e-6) for name, tensor in merged.items())

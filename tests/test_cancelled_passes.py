@@ -24,7 +24,7 @@ from tests.processes import PATIENCE
 
 
 def weights(client: TrainingClient) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer_of(client).sampler_weights()}
+    return {name: tensor.clone() for name, tensor in trainer_of(client).sampled.sampler_weights()}
 
 
 def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -233,7 +233,9 @@ def test_what_is_not_finite_is_never_saved(torch_service: ServiceClient, where: 
     client.optim_step(STEP).result(PATIENCE)
     kept = client.save_state("kept").result(PATIENCE).path
     parameter = list(trainer_of(client).named_trainable.values())[-1]
-    tensor = parameter.data if where == "weight" else trainer_of(client).optimizer.state[parameter]["exp_avg_sq"]
+    tensor = (
+        parameter.data if where == "weight" else trainer_of(client).trained.optimizer.state[parameter]["exp_avg_sq"]
+    )
     for value in (torch.nan, torch.inf, -torch.inf):
         tensor.view(-1)[-1] = value
         client._weights_version += 1

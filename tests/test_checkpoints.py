@@ -43,7 +43,7 @@ def train(client: TrainingClient, seeds: range) -> None:
 
 
 def weights(client: TrainingClient) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in trainer_of(client).sampler_weights()}
+    return {name: tensor.clone() for name, tensor in trainer_of(client).sampled.sampler_weights()}
 
 
 def assert_equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:

@@ -46,7 +46,7 @@ def lora_layers(trainer: Trainer) -> dict[str, nn.Module]:
 @pytest.mark.parametrize("name", ["micro", "gpt2-tiny"])
 def test_a_layer_computes_with_the_samplers_weights(name: str) -> None:
     trainer = adapted("bfloat16", name)
-    sampled = dict(trainer.sampler_weights())
+    sampled = dict(trainer.sampled.sampler_weights())
     for layer_name, layer in lora_layers(trainer).items():
         weight = sampled[f"{layer_name}.weight"]
         weight_OI = weight.T if name.startswith("gpt2") else weight
@@ -78,7 +78,7 @@ def test_the_model_is_the_one_with_merged_weights() -> None:
     separate = adapted("bfloat16")
     for layer in lora_layers(separate).values():
         layer.forward = MethodType(type(layer).forward, layer)
-    full.base.load_state_dict(dict(trainer.sampler_weights()))
+    full.base.load_state_dict(dict(trainer.sampled.sampler_weights()))
     ours, theirs, others = (
         np.concatenate(
             [
@@ -113,7 +113,7 @@ def test_a_routers_biases_reach_a_bf16_sampler_and_a_bf16_export_whole(dtype: to
     trainer = Trainer(str(folder), BackendConfig(dtype=str(dtype).removeprefix("torch.")))  # type: ignore[arg-type]
     exact = trainer.model.state_dict()[name].clone()
     assert exact.dtype == torch.float32 and not torch.equal(exact.bfloat16().float(), exact)
-    sent = dict(trainer.sampler_weights())
+    sent = dict(trainer.sampled.sampler_weights())
     assert sent["lm_head.weight"].dtype == dtype and torch.equal(sent[name], exact)
     save_policy(trainer, character_tokenizer(CONTEXT), tmp_path / "saved", torch.bfloat16)
     saved = load_file(tmp_path / "saved" / "model.safetensors")

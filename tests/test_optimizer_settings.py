@@ -83,8 +83,8 @@ def test_resuming_is_bit_identical(name: str, lora: LoraConfig | None, tmp_path:
         train(resumed, range(2, 4))
         ours, theirs = exact(resumed), exact(uninterrupted)
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
-        sampled = dict(resumed._trainer.sampler_weights())
-        assert all(torch.equal(sampled[key], t) for key, t in uninterrupted._trainer.sampler_weights())
+        sampled = dict(resumed._trainer.sampled.sampler_weights())
+        assert all(torch.equal(sampled[key], t) for key, t in uninterrupted._trainer.sampled.sampler_weights())
 
 
 @pytest.mark.parametrize("settings", [{"offload_optimizer": True}], ids=str)

@@ -39,7 +39,7 @@ def test_a_pass_that_runs_out_of_memory_names_the_setting(
 ) -> None:
     with ServiceClient(BackendConfig(engine="torch", micro_batch_tokens=256), tmp_path) as service:
         client, data = service.create_training_client("micro"), policy_data(4)
-        before = {name: tensor.clone() for name, tensor in trainer_of(client).sampler_weights()}
+        before = {name: tensor.clone() for name, tensor in trainer_of(client).sampled.sampler_weights()}
         saved = client.save_state("last").result().path
 
         def fail(*_: Any) -> Any:
@@ -53,9 +53,9 @@ def test_a_pass_that_runs_out_of_memory_names_the_setting(
         tokens = sum(datum.model_input.length for datum in data)
         says = str(raised.value)
         assert f"4 data of {tokens} tokens" in says and "lower backend.micro_batch_tokens to 128" in says
-        assert all(torch.equal(before[name], tensor) for name, tensor in trainer_of(client).sampler_weights())
+        assert all(torch.equal(before[name], tensor) for name, tensor in trainer_of(client).sampled.sampler_weights())
         client.load_state_with_optimizer(saved).result()
-        monkeypatch.setattr(trainer_of(client).optimizer, "step", fail)
+        monkeypatch.setattr(trainer_of(client).trained.optimizer, "step", fail)
         client.forward_backward(data, "importance_sampling")
         with pytest.raises(OutOfMemoryError, match=r"backend\.moments=8bit or backend\.offload_optimizer=true"):
             client.optim_step(AdamParams(1e-3)).result()

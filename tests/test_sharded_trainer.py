@@ -189,7 +189,7 @@ def compute_gradients(processes: ranks.Processes, folder: Path) -> None:
             found[f"{case}, {sharding}"] = gradients(trainer)
             trainer.zero_grad()
         trainer = opened[str([Trainer, "micro", None])]
-        before = {name: tensor.clone() for name, tensor in trainer.sampler_weights()}
+        before = {name: tensor.clone() for name, tensor in trainer.sampled.sampler_weights()}
         errors = [outcome(lambda t=trainer, fn=fn: t.run(marked_data(), fn)) for fn in (fails_on_one, infinite_on_one)]
         trainer.zero_grad()
         found[f"errors, {sharding}"] = processes.gathered(errors)
@@ -199,7 +199,7 @@ def compute_gradients(processes: ranks.Processes, folder: Path) -> None:
             assert parameter.grad is not None
             ranks.local(parameter.grad).view(-1)[:1].fill_(torch.nan)
         found[f"steps, {sharding}"] = processes.gathered(outcome(lambda t=trainer: t.optim_step(AdamParams(1e-3))))
-        after = dict(trainer.sampler_weights())
+        after = dict(trainer.sampled.sampler_weights())
         found[f"unchanged, {sharding}"] = all(torch.equal(before[name], after[name]) for name in before)
         trainer.run(policy_data(5), "importance_sampling")
         found[f"step, {sharding}"] = trainer.optim_step(AdamParams(1e-3, grad_clip_norm=0.1)).metrics
@@ -218,7 +218,7 @@ def publish_weights(processes: ranks.Processes, folder: Path) -> None:
             trainer.optim_step(AdamParams(1e-2))
             files = folder / f"weights {case} {sharding} {processes.count}"
             write_shard(files, processes.rank, processes.count, trainer.weight_shard())
-            whole = {name: tensor.clone() for name, tensor in trainer.sampler_weights()}
+            whole = {name: tensor.clone() for name, tensor in trainer.sampled.sampler_weights()}
             processes.wait()
             read = dict(read_joined(files))
             same[f"{case}, {sharding}"] = read.keys() == whole.keys() and all(
@@ -239,7 +239,7 @@ def compute_in_bf16(processes: ranks.Processes, folder: Path) -> None:
         if hasattr(layer, "lora_A"):
             layer.register_forward_hook(lambda layer, *_, name=name: read.update({f"{name}.weight": _weight(layer)}))
     trainer.run(policy_data(5), "ppo", backward=False)
-    sent = dict(trainer.sampler_weights())
+    sent = dict(trainer.sampled.sampler_weights())
     found["as sent"] = len(read) == 14 and all(torch.equal(sent[name], weight) for name, weight in read.items())
     if processes.is_first:
         torch.save(found, folder / "bf16.pt")

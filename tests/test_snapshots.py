@@ -285,7 +285,7 @@ def test_two_adapters_at_once_train_as_each_alone(torch_service: ServiceClient) 
             for name, parameter in trainer(alone).named_trainable.items():
                 assert torch.equal(parameter, trainer(client).named_trainable[name])
             for (name, weight), (_, expected) in zip(
-                trainer(alone).sampler_weights(), trainer(client).sampler_weights(), strict=True
+                trainer(alone).sampled.sampler_weights(), trainer(client).sampled.sampler_weights(), strict=True
             ):
                 assert torch.equal(weight, expected), name
 

@@ -50,7 +50,7 @@ def checkpoint_bytes(trainer: TrainedModel) -> int:
 def save_state(trainer: TrainedModel, tokenizer: PreTrainedTokenizerBase, path: Path, extra: dict[str, Any]) -> None:
     """A collective call of the ranks."""
     weights = _weights(trainer)
-    optimizer = optimizer_tensors(trainer.trained.stepped, trainer.optimizer, trainer.writes)
+    optimizer = optimizer_tensors(trainer.trained.stepped, trainer.trained.optimizer, trainer.writes)
     if not trainer.writes:
         return
     with atomic_folder(path) as folder:
@@ -152,9 +152,9 @@ def load_state(trainer: TrainedModel, path: Path, with_optimizer: bool) -> None:
     if head is not None and trainer.scalar_head is not None:
         trainer.scalar_head.data.copy_(shard_like(head, trainer.scalar_head.data))
     trainer.trained.masters_to_weights()
-    trainer.optimizer.state.clear()
+    trainer.trained.optimizer.state.clear()
     if with_optimizer:
-        load_optimizer(trainer.trained.stepped, trainer.optimizer, optimizer_file)
+        load_optimizer(trainer.trained.stepped, trainer.trained.optimizer, optimizer_file)
 
 
 def _check_optimizer(trainer: TrainedModel, path: Path, file: Path) -> None:
@@ -166,7 +166,7 @@ def _check_optimizer(trainer: TrainedModel, path: Path, file: Path) -> None:
         raise CheckpointError(
             f"{path} has no {SCALAR_HEAD_FILE}: load a language model's weights with load_state, without optimizer"
         )
-    check_optimizer(trainer.trained.stepped, trainer.optimizer, file)
+    check_optimizer(trainer.trained.stepped, trainer.trained.optimizer, file)
 
 
 def _read_scalar_head(trainer: TrainedModel, file: Path) -> torch.Tensor | None:

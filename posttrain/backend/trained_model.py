@@ -40,9 +40,6 @@ class TrainedModel(Protocol):
     def scalar_head(self) -> nn.Parameter | None: ...
 
     @property
-    def optimizer(self) -> torch.optim.Optimizer: ...
-
-    @property
     def writes(self) -> bool:
         """Whether this process writes the files; of several ranks, the first."""
         ...

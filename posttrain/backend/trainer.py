@@ -50,7 +50,6 @@ from posttrain.backend.types import (
 )
 from posttrain.backend.vllm_settings import check_unmerged
 from posttrain.backend.weight_copies import SampledModel
-from posttrain.backend.weight_versions import Weights
 
 T = TypeVar("T")
 
@@ -135,10 +134,6 @@ class Trainer:
 
     def _trainable_weights(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-
-    @property
-    def optimizer(self) -> torch.optim.Optimizer:
-        return self.trained.optimizer
 
     # --- passes ----------------------------------------------------------------------------------
 
@@ -404,14 +399,14 @@ class Trainer:
             raise NonFiniteError("the gradient is not finite; the step was not applied")
         if adam.grad_clip_norm > 0:
             self._clip(stepped, adam.grad_clip_norm, grad_norm)
-        for group in self.optimizer.param_groups:
+        for group in self.trained.optimizer.param_groups:
             group.update(
                 lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
             )
         # fused AdamW changes weights without autograd's notice: a kept graph would be wrong
         self.kept = None
         with out_of_memory.explained_in_step(self.config):
-            self.optimizer.step()
+            self.trained.optimizer.step()
             self.trained.masters_to_weights()
         self.zero_grad()
         return OptimStepResponse({"grad_norm": float(grad_norm)})
@@ -430,7 +425,7 @@ class Trainer:
     @computing()
     def check_finite(self) -> None:
         """NonFiniteError if a weight, or its optimizer state, is NaN or infinite."""
-        check_finite(self.trained.stepped, self.optimizer)
+        check_finite(self.trained.stepped, self.trained.optimizer)
 
     @computing()
     def save_state(self, tokenizer: PreTrainedTokenizerBase, path: Path, extra: dict[str, Any]) -> None:
@@ -462,9 +457,6 @@ class Trainer:
     @property
     def sampled(self) -> SampledModel:
         return SampledModel(self.base, self.compute_dtype, self._base_owner)
-
-    def sampler_weights(self) -> Weights:
-        return self.sampled.sampler_weights()
 
     def info(self) -> GetInfoResponse:
         parameters = sum(p.numel() for p in self.model.parameters())

@@ -42,6 +42,10 @@ class CheckpointRecord:
     step: int
     path: Path
 
+    def delete(self) -> None:
+        """Renamed first: a killed deletion leaves nothing that looks complete."""
+        shutil.rmtree(self.path.rename(self.path.with_name(f"{self.path.name}.deleted")))
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -114,12 +118,11 @@ class RunFolder:
         if keep < 1:
             raise ConfigError(f"keep_checkpoints={keep}: at least 1 must be kept, or there is nothing to resume from")
         in_folder = [record for record in self.list_checkpoints() if record.path.is_relative_to(self.checkpoints)]
-        for record in in_folder[:-keep]:
-            # renamed first: a killed deletion leaves nothing that looks complete
-            if record.name != "final":
-                record.path.rename(record.path.with_name(record.path.name + ".deleted"))
-        for leftover in self.checkpoints.glob("*.deleted"):
+        for leftover in self.checkpoints.glob("*.deleted"):  # of a killed deletion
             shutil.rmtree(leftover)
+        for record in in_folder[:-keep]:
+            if record.name != "final":
+                record.delete()
 
     def truncate_metrics(self, step: int) -> None:
         """Drops the metrics of `step` and later: a resumed run has an uninterrupted run's metrics."""
@@ -131,8 +134,9 @@ def open_run_folder(path: str | os.PathLike[str], behavior: BehaviorIfExists, co
     """Creates the run folder and its config.json, or applies `behavior` to an existing run.
 
     ConfigError if the run may not be changed or belongs to another process, if torchrun has started
-    copies of it, if the folder holds something else, or if the settings differ: another model, environment or dataset is always
-    refused; other changes ask in a terminal, and "resume_changed" accepts them.
+    copies of it, if the folder holds something else, or if the settings differ: another model,
+    environment or dataset is always refused; other changes ask in a terminal, and "resume_changed"
+    accepts them.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun's
         from posttrain.backend.ranks import check_no_copies  # with torch

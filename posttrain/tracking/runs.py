@@ -10,7 +10,6 @@ only says what it would delete. The same by `python -m posttrain.tracking.runs`.
 """
 
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -177,8 +176,7 @@ def _clean(folder: RunFolder, why: dict[Path, str], used_by: Mapping[Path, Path]
         freed += size
         print(f"{'deleted' if delete else 'would delete'} {record.path}  {size / 1e6:,.1f} MB")
         if delete:
-            # renamed first: a killed deletion leaves nothing that looks complete
-            shutil.rmtree(record.path.rename(record.path.with_name(f"{record.path.name}.deleted")))
+            record.delete()
     print(f"{folder.path}: keeps {', '.join(f'{path.name} ({reason})' for path, reason in why.items()) or 'nothing'}")
     return freed
 
