@@ -43,7 +43,6 @@ from posttrain.backend.types import (
     Datum,
     ForwardBackwardOutput,
     GetInfoResponse,
-    KeptRow,
     LoraConfig,
     OptimStepResponse,
     TensorData,
@@ -53,6 +52,8 @@ from posttrain.backend.weight_copies import SampledModel
 
 T = TypeVar("T")
 
+# a micro-batch, the logprobs of its positions with and without loss, and whether the former need gradients
+Pass = tuple[MicroBatch, torch.Tensor, torch.Tensor, bool]
 MOST_GRAPHS = 64  # of one function that is compiled; torch's own 8 are fewer than a run's shapes and modes need
 
 
@@ -195,12 +196,11 @@ class Trainer:
             data_D += term.data_D
         _check_one_width(data_D)
         needed_D = [backward and need for term in running for need in term.needs_backward()]
-        kept_D = [kept for term in terms for kept in term.kept_D or [None] * len(term.data_D)]
         others = any(term.all_logprobs for term in terms)
         with self._turn(terms), out_of_memory.explained(data_D, self.config):
-            for batch, p_NK, others_NK, differentiate in self._forward(
-                data_D, needed_D, backward, keep, kept_D, others
-            ):
+            kept = self._take_kept(terms) if backward else None
+            passes = [kept] if kept else self._forward(data_D, needed_D, keep and not backward, others)
+            for batch, p_NK, others_NK, differentiate in passes:
                 with torch.set_grad_enabled(differentiate):
                     self._lose(running, batch, p_NK, differentiate)
                 for term in running:
@@ -230,28 +230,21 @@ class Trainer:
         named = all(isinstance(term.loss_fn, str) for term in terms)
         return self._base_owner.turn if self._base_owner and named else nullcontext()
 
-    def _forward(
-        self,
-        data_D: Sequence[Datum],
-        needed_D: Sequence[bool],
-        backward: bool,
-        keep: bool,
-        kept_D: Sequence[KeptRow | None],
-        others: bool,
-    ) -> Iterator[tuple[MicroBatch, torch.Tensor, torch.Tensor, bool]]:
-        """Micro-batches, the logprobs of positions with and, for `others`, without loss, and whether
-        the former need gradients."""
-        if backward:
-            kept, self.kept = self.kept, None
-            if kept and (part := kept.of(kept_D)):
-                yield *part, True
-                return
-            del kept
+    def _take_kept(self, terms: Sequence[LossTerm]) -> Pass | None:
+        """The kept forward of these data, for their backward. That of other data is dropped."""
+        kept, self.kept = self.kept, None
+        kept_D = [row for term in terms for row in term.kept_D or [None] * len(term.data_D)]
+        part = kept.of(kept_D) if kept else None
+        return (*part, True) if part else None
+
+    def _forward(self, data_D: Sequence[Datum], needed_D: Sequence[bool], keep: bool, others: bool) -> Iterator[Pass]:
+        """Of every micro-batch; those of data that need no gradient last. `others`: also the logprobs
+        of positions without loss. `keep` is of a single micro-batch: of several, the activations
+        would exceed the token budget."""
         for differentiate in (True, False):
             chosen = [d for d, need in enumerate(needed_D) if need is differentiate]
             batches = self._micro_batches(data_D, chosen, others)
-            # of several batches, the activations would exceed the token budget
-            keep_this = keep and not backward and len(batches) == 1
+            keep_this = keep and len(batches) == 1
             for batch in batches:
                 with torch.set_grad_enabled(differentiate or keep_this):
                     p_NK, others_NK = self._logprobs(batch)
