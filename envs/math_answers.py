@@ -44,8 +44,6 @@ def extract_hash(text: str) -> str | None:
 
 # of Markdown: it begins a word or ends it, where the * of 3*4 and 3 * 4 does neither
 _EMPHASIS = re.compile(r"(?<![^\s(])\*++(?=\S)|(?<=[^\s*])\*++(?![^\s.,:;!?)])")
-
-
 _AFTER_ANSWER = re.compile(r"[.?](?:\s|$)|,?\s(?:because|since)\s|,\s(?:as|so|which|where)\s")
 
 

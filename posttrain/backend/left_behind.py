@@ -110,9 +110,7 @@ def note_shared_memory(note: Path) -> None:
         with contextlib.suppress(OSError):
             maps = Path(f"/proc/{pid}/maps").read_text().splitlines()
             paths |= {line.split(maxsplit=5)[-1] for line in maps if "/dev/shm/" in line}
-    segments = [
-        path for path in paths if Path(path).name.startswith(("psm_", "vllm_"))
-    ]  # of Python's and vLLM's making
+    segments = [path for path in paths if Path(path).name.startswith(("psm_", "vllm_"))]  # Python's and vLLM's
     with note.open("a") as file:
         file.writelines(f"{glob.escape(path)}\n" for path in segments)
 

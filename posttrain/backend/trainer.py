@@ -287,10 +287,20 @@ class Trainer:
     def _micro_batches(
         self, data_D: Sequence[Datum], chosen: Sequence[int], others: bool = True
     ) -> Sequence[MicroBatch]:
-        bucket = WIDTH_BUCKET if self.compiles or self.packs else 1
-        tokens, longest = self.config.micro_batch_tokens, self.config.shared_row_tokens
-        share, packed = self.shares_prefixes, self.packs
-        return micro_batches(data_D, chosen, tokens, self.device, share, bucket, *self._part, packed, longest, others)
+        rank, ranks = self._part
+        return micro_batches(
+            data_D,
+            chosen,
+            self.config.micro_batch_tokens,
+            self.device,
+            share=self.shares_prefixes,
+            bucket=WIDTH_BUCKET if self.compiles or self.packs else 1,
+            rank=rank,
+            ranks=ranks,
+            packed=self.packs,
+            row_tokens=self.config.shared_row_tokens,
+            others=others,
+        )
 
     def _hidden(self, batch: MicroBatch) -> torch.Tensor:
         """(BT, H) last hidden states."""

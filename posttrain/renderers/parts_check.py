@@ -13,6 +13,8 @@ from posttrain.renderers.parts import THINKING_KEYS, calls_in, text_in, thinking
 from posttrain.renderers.types import Message, Part
 
 THOUGHT, SAID, CALLS = "qthought", "qsaid", ("qfirst", "qsecond")
+_THINKING: Part = {"type": "thinking", "thinking": THOUGHT}
+_TEXT: Part = {"type": "text", "text": SAID}
 
 
 class Shape(NamedTuple):
@@ -54,19 +56,11 @@ def unwritable(render: Callable[[Message], str], template: str, is_known: bool, 
 
 
 def _lost(render: Callable[[Message], str], shape: Shape) -> list[str]:
-    parts = [*[_thought()] * shape.thinking, *[_said()] * shape.text, *map(_call, CALLS[: shape.calls])]
+    parts = [*[_THINKING] * shape.thinking, *[_TEXT] * shape.text, *map(_call, CALLS[: shape.calls])]
     written = render(Message(role="assistant", content="", parts=parts))
     names = {THOUGHT: "thinking", SAID: "text", CALLS[0]: "tool call", CALLS[1]: "calls after the first"}
     asked = [THOUGHT] * shape.thinking + [SAID] * shape.text + list(CALLS[: shape.calls])
     return [names[marker] for marker in asked if marker not in written]
-
-
-def _thought() -> Part:
-    return {"type": "thinking", "thinking": THOUGHT}
-
-
-def _said() -> Part:
-    return {"type": "text", "text": SAID}
 
 
 def _call(name: str) -> Part:
@@ -75,7 +69,7 @@ def _call(name: str) -> Part:
 
 def _has_markup_of_its_own(render: Callable[[Message], str]) -> bool:
     """Whether the template, given thinking, writes something else than <think>."""
-    ours = render(Message(role="assistant", content="", parts=[_thought(), _said()]))
+    ours = render(Message(role="assistant", content="", parts=[_THINKING, _TEXT]))
     theirs = [
         render({"role": "assistant", "content": SAID, key: THOUGHT})  # type: ignore[typeddict-unknown-key]
         for key in THINKING_KEYS
