@@ -2,7 +2,7 @@
 an objective out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 
 import chz
@@ -53,14 +53,8 @@ class RewardExamplesBuilder(SupervisedDatasetBuilder):
             if labeled.comparison.tools:
                 raise DataError(f"{labeled.where}: a field 'tools', which reward models do not read; leave it out")
         limit = self.max_length or renderer.tokenizer.model_max_length
-        kept_train_D, kept_test_D = (
-            [
-                labeled
-                for labeled, length in zip(labeled_D, self._lengths(renderer, labeled_D, kind), strict=True)
-                if length <= limit
-            ]
-            for labeled_D, kind in ((train_D, ""), (test_D, "held-out "))
-        )
+        kept_train_D = self._fitting(renderer, train_D, limit, "comparisons")
+        kept_test_D = self._fitting(renderer, test_D, limit, "held-out comparisons")
         total, kept = len(train_D) + len(test_D), len(kept_train_D) + len(kept_test_D)
         if not kept_train_D or (test_D and not kept_test_D):
             raise DataError(
@@ -73,11 +67,14 @@ class RewardExamplesBuilder(SupervisedDatasetBuilder):
             )
         return kept_train_D, kept_test_D
 
-    def _lengths(self, renderer: Renderer, labeled_D: Sequence[LabeledComparison], kind: str) -> Iterator[int]:
-        def lengths(part_D: Sequence[LabeledComparison]) -> list[int]:
-            return [self.length(renderer, labeled) for labeled in part_D]
+    def _fitting(
+        self, renderer: Renderer, labeled_D: Sequence[LabeledComparison], limit: int, kind: str
+    ) -> list[LabeledComparison]:
+        def fitting(part_D: Sequence[LabeledComparison]) -> list[bool]:
+            return [self.length(renderer, labeled) <= limit for labeled in part_D]
 
-        return chain.from_iterable(by_processes(lengths, labeled_D, f"measuring {kind}comparisons"))
+        fit_D = chain.from_iterable(by_processes(fitting, labeled_D, f"measuring {kind}"))
+        return [labeled for labeled, fits in zip(labeled_D, fit_D, strict=True) if fits]
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
         train_D, test_D = self.load(renderer)

@@ -476,6 +476,6 @@ async def _ready(client: SamplingClient) -> SamplingClient:
 async def _close_model(model: Model) -> None:
     try:
         client = await model.opened
-    except Exception:
+    except Exception:  # it never opened, and who asked for it was told
         return
     await asyncio.to_thread(client.close)
