@@ -83,6 +83,18 @@ class _Place:
     asked: "Future[int] | None" = None
     span: Span | None = None  # since the last answer, while it has calls
 
+    def heard(self, now: float) -> BaseException | None:
+        """Takes in what the replica answered. Its failure, if it gave one."""
+        if not self.calls:
+            self.moved = now
+        if self.asked is None or not self.asked.done():
+            return None
+        if (failure := self.asked.exception()) is None:
+            if self.asked.result() != self.progress:
+                self.moved = now
+            self.progress = self.asked.result()
+        return failure
+
 
 class SamplerPool:
     """`start(index)` starts a replica. Published weights lie in `folder`. After `restarts`
@@ -419,16 +431,10 @@ class SamplerPool:
     def _look_at(self, place: _Place) -> None:
         now = time.monotonic()
         with self._lock:
-            replica_, asked = place.replica, place.asked
+            replica_ = place.replica
             if replica_ is None or self._stopped:
                 return
-            if not place.calls:
-                place.moved = now
-            failure = asked.exception() if asked is not None and asked.done() else None
-            if asked is not None and asked.done() and failure is None:
-                if asked.result() != place.progress:
-                    place.moved = now
-                place.progress = asked.result()
+            failure = place.heard(now)
             still = now - place.moved
             if not isinstance(failure, ProcessLost) and still > self._call_seconds:
                 failure = ProcessLost(f"it decoded nothing in {self._call_seconds:g} seconds")
@@ -439,7 +445,7 @@ class SamplerPool:
                     flush=True,
                 )
             place.said = still > SAY_AFTER_SECONDS
-            if asked is None or asked.done():
+            if place.asked is None or place.asked.done():
                 place.asked = replica_.progress()
         if isinstance(failure, ProcessLost):
             self._lose(place, replica_, failure)  # its calls fail, and are sent again

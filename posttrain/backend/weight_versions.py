@@ -80,7 +80,7 @@ class WeightVersion:
         self.copied_bytes = 0
         self._weights: Callable[[], Weights] | None = weights
         self._owner: object = None
-        self._files: WeightSource | None = None
+        self.files: Any = None  # in which it was published; None without replicas, or once they are gone
         self._holders: set[object] = set()
         # Held while the weights are read, and while the trainer's are exchanged for a copy.
         # Reentrant: garbage collection may call in at any point.
@@ -94,11 +94,6 @@ class WeightVersion:
     @property
     def can_be_loaded(self) -> bool:
         return self._weights is not None
-
-    @property
-    def files(self) -> Any:
-        """In which it was published; None without replicas, and once the weights are gone."""
-        return self._files
 
     def load(self, load_weights: Callable[[Weights], None]) -> bool:
         """False if the weights are gone: another thread may drop them at any time."""
@@ -124,7 +119,7 @@ class WeightVersion:
 
     def drop(self) -> None:
         """Only the engine has the weights from here on, until it loads others."""
-        self._weights, self._owner, self._files, self.copied_bytes = None, None, None, 0
+        self._weights, self._owner, self.files, self.copied_bytes = None, None, None, 0
 
     def lives_in(self, source: WeightSource) -> None:
         """The trainer's tensors are this version's."""
@@ -134,13 +129,13 @@ class WeightVersion:
     def published_in(self, files: WeightSource) -> None:
         """Files of these weights are its copy, once it is kept."""
         with self._lock:
-            self._weights, self._files = files.sampler_weights, files
+            self._weights, self.files = files.sampler_weights, files
 
     def keep(self, source: WeightSource, memory: SnapshotMemory) -> None:
         """Exchanges the trainer's tensors for a copy. SnapshotMemoryError if there is no room."""
         with self._lock:
             if not self.copied_bytes and self._weights is not None:
-                copy = memory.copy(self, self._files or source)
+                copy = memory.copy(self, self.files or source)
                 self._weights, self.copied_bytes, self._owner = copy.weights, copy.num_bytes, copy.owner
 
     def lose(self, reason: CookbookError | None = None) -> None:
