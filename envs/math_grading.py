@@ -108,7 +108,8 @@ def is_equal(gold: str, answer: str, seconds: float = DEFAULT_SECONDS) -> bool:
 
 
 def with_products(text: str) -> str:
-    r"""Signs where the parser reads something else: 2\frac12\pi is (2+\frac12)\pi, \frac{4}{2}3 is \frac{4}{2}\cdot 3."""
+    r"""Signs where the parser reads something else: 2\frac12\pi is (2+\frac12)\pi, \frac{4}{2}3 is
+    \frac{4}{2}\cdot 3."""
     text = _MIXED.sub(r"(\g<whole>+\g<part>)", text)
     ends = [_group_end(text, _group_end(text, match.end())) for match in re.finditer(_PAIR, text)]
     for end in sorted(ends, reverse=True):

@@ -27,7 +27,8 @@ class GraderError(RolloutError):
 
 @dataclass(frozen=True)
 class Grade:
-    """A verdict. `answer`: the text by which samples vote; None: the format is wrong. `credit` replaces `correct` as reward."""
+    """A verdict. `answer`: the text by which samples vote; None: the format is wrong. `credit`
+    replaces `correct` as reward."""
 
     answer: str | None
     correct: bool

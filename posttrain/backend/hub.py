@@ -77,8 +77,8 @@ def hub_is_reached() -> bool:
 
 
 def hub_reason(error: BaseException, otherwise: str | None = None, reading: bool = True) -> str:
-    """One line, of what was read or else written; `otherwise` where the hub is not the reason. Libraries chain its error to a page of
-    advice."""
+    """One line on what was read, or with `reading` False written. `otherwise` where the hub is not
+    the reason. Libraries chain its error to a page of advice."""
     kinds, status = {type(link).__name__ for link in _chain(error)}, _status(error)
     if "GatedRepoError" in kinds or "is a gated dataset" in str(error):
         return "its repository is gated: accept its terms on huggingface.co, then log in with `hf auth login`, or set HF_TOKEN"

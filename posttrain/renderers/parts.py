@@ -142,7 +142,8 @@ def _call_of(call: Any, i: int) -> ToolCallPart:
 
 def tool_spec(fields: Any) -> ToolSpec:
     """A tool as the OpenAI API writes it, {"type": "function", "function": {...}}, or the inner
-    object alone, also with Anthropic's `input_schema`. DataError without a name, or with parameters that are no schema of an object."""
+    object alone, also with Anthropic's `input_schema`. DataError without a name, or with parameters
+    that are no schema of an object."""
     function = fields.get("function", fields) if isinstance(fields, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise DataError(f"a tool needs a 'name': {str(fields)[:80]}")
