@@ -146,7 +146,7 @@ def check_loads(record: Record, client: TrainingClient) -> None:
     engine: Any = client._engine
     engine = engine._engine
     trainer: Any = client._trainer
-    found = engine._in_processes(loads, engine._checkpoint_form, trainer.sampler_weights)[0]
+    found = engine._in_processes(loads, engine._checkpoint_form, trainer.sampled.sampler_weights)[0]
     for name, value in found.items():
         record.figure(f"load: {name}", value)
     if "GB" in found:
