@@ -178,7 +178,8 @@ def check_data(
     for tokens_D in ([datum.loss_fn_inputs["target_tokens"].array for datum in data_D], inputs_D):
         if (d := _first(tokens_D, lambda array: (array < 0) | (array >= vocabulary))) is not None:
             negative = bool((tokens_D[d] < 0).any())
-            hint = "weights of 0 leave tokens out, not -100" if negative else "was it made with another tokenizer?"
+            other = "was it made with another tokenizer, or sampled by a model with more ids?"
+            hint = "weights of 0 leave tokens out, not -100" if negative else other
             raise DataError(f"datum {first + d} has a token outside the vocabulary of {vocabulary}: {hint}")
     targets_T, tokens_T = data_D[0].loss_fn_inputs["target_tokens"].array, inputs_D[0]
     if np.array_equal(targets_T, tokens_T) and len(set(tokens_T)) > 1:
