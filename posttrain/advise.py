@@ -126,7 +126,7 @@ def main(config: Config) -> str:
     known = config.model_name not in PRESETS and hidden >= SMALLEST_HIDDEN
     if not known:
         lines.append(
-            f"learning_rate: no rule is known of presets and below a hidden size of {SMALLEST_HIDDEN}; try 1e-3 and 3e-4"
+            f"learning_rate: no rule is known of presets, or below hidden size {SMALLEST_HIDDEN}; try 1e-3 and 3e-4"
         )
     else:
         for lora, name in ((False, "all weights"), (True, "LoRA")):
