@@ -72,7 +72,7 @@ _LETTER_UNITS = {"m": "meter", "g": "gram", "s": "second", "h": "hour", "l": "li
 # 1 000, 1'000 and 1.000.000; not the mixed number 1 250/1000, nor 1.000, which may be 1
 _IN_THOUSANDS = re.compile(
     r"(?<![\w.^])[1-9]\d{0,2}(?:(?:(?:\\[ ,;:]|[ ~'\u2019\u00a0\u2006-\u2009\u202f])\d{3})+|(?:\.\d{3}){2,})"
-    r"(?!\d|\s*/)"
+    r"(?!\d|\s*/|-[A-Za-z])"  # nor "12 200-metre runs"
 )
 
 

@@ -64,6 +64,7 @@ def test_answers_are_read_exactly():
         ("The answer is 1.000.000", "1000000"),
         (r"The answer is 1{,}000", "1000"),
         ("the page 3 2024", "2024"),
+        ("The answer is 12 200-metre runs", "12"),
         ("The answer is 1.000", "1"),
         ("The answer is 1 250/1000", "1.25"),
         ("The answer is 3\u00bd", "3.5"),
