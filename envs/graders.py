@@ -5,9 +5,11 @@ math_word.py has the grader of mathematical expressions, code.py that of program
 """
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from fractions import Fraction
 
+from envs.math_answers import without_separators
 from envs.problem import Grader
 
 LONGEST_NUMBER = 1000  # digits; from 4,300 on Python raises, and a wrong answer would be a lost rollout
@@ -20,6 +22,7 @@ _NUMBER = re.compile(
     rf"|(?P<decimal>{_DECIMAL})(?:e(?P<power>[+-]?\d{{1,3}}))?)",
     re.IGNORECASE,
 )
+_VULGAR, _FULL_WIDTH = re.compile("[¼½¾⅓-⅞]"), {0xFF01 + code: 0x21 + code for code in range(94)}
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,8 @@ def is_number(text: str) -> bool:
 
 def numbers(text: str) -> list[str]:
     """The numbers in `text`, equal ones as equal texts: -3, 0.5 (also for 1/2 and 5e-1), 1/3, 18."""
+    text = _VULGAR.sub(lambda match: unicodedata.normalize("NFKC", f" {match[0]}"), text.translate(_FULL_WIDTH))
+    text = without_separators(text.replace("{,}", ",").replace("\u2044", "/"))
     return [_plain(match) for match in _NUMBER.finditer(text)]
 
 

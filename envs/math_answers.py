@@ -67,6 +67,18 @@ def _vulgar(match: re.Match[str]) -> str:
 
 _LETTER_UNITS = {"m": "meter", "g": "gram", "s": "second", "h": "hour", "l": "liter", "L": "liter"}
 
+# 1 000, 1'000 and 1.000.000; not the mixed number 1 250/1000, nor 1.000, which may be 1
+_IN_THOUSANDS = re.compile(
+    r"(?<![\w.^])[1-9]\d{0,2}(?:(?:(?:\\[ ,;:]|[ ~'\u2019\u00a0\u2006-\u2009\u202f])\d{3})+|(?:\.\d{3}){2,})"
+    r"(?!\d|\s*/|-[A-Za-z])"  # nor "12 200-metre runs"
+)
+
+
+def without_separators(text: str) -> str:
+    """The numbers in `text` without spaces, apostrophes or full stops between their thousands."""
+    return _IN_THOUSANDS.sub(lambda match: re.sub(r"\D", "", match[0]), text)
+
+
 _REPLACEMENTS: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻ⁿ]+", lambda match: f"^{{{match[0].translate(_RAISED)}}}"),
     (r"[₀₁₂₃₄₅₆₇₈₉ₙ]+", lambda match: f"_{{{match[0].translate(_LOWERED)}}}"),
@@ -119,6 +131,7 @@ def normalise(answer: str) -> str:
     for left, right in (("\\(", "\\)"), ("\\[", "\\]"), ("$", "$")):
         if text.startswith(left) and text.endswith(right) and len(text) > len(left) + len(right):
             text = text[len(left) : -len(right)]
+    text = without_separators(text)
     for pattern, replacement in _COMPILED:
         text = pattern.sub(replacement, text)
     return text.strip().removesuffix(".").strip()

@@ -8,9 +8,11 @@ from typing import Literal
 
 import chz
 
+from posttrain.backend.lora_layers import check_rank
 from posttrain.backend.models import PRESETS, model_config
 from posttrain.backend.ranges import LEARNING_RATE, WHOLE
 from posttrain.backend.tokenizers import load_tokenizer
+from posttrain.backend.types import LoraConfig
 from posttrain.renderers.types import Tokenizer
 from posttrain.tracking.command_line import run_command
 
@@ -109,16 +111,23 @@ class Config:
     task: Task = chz.field(default="sft", doc="sft, rl or dpo")
     lora_rank: int = chz.field(default=0, validator=WHOLE, doc="rank of an adapter; 0 = all weights are trained")
     learning_rate: float | None = chz.field(
-        default=None, validator=LEARNING_RATE, doc="a learning rate to compare with the usual one"
+        default=None,
+        validator=LEARNING_RATE,
+        doc="a learning rate to compare with the usual one, where a rule is known",
     )
 
 
 def main(config: Config) -> str:
+    if config.lora_rank:
+        check_rank(config.model_name, LoraConfig(config.lora_rank))
     hidden, model_type = _shape(config.model_name)
     renderer, reason = recommended_renderer(config.model_name, load_tokenizer(config.model_name))
     lines = [f"{config.model_name}: {model_type}, hidden size {hidden}; {config.task}", ""]
-    if config.model_name in PRESETS or hidden < SMALLEST_HIDDEN:
-        lines.append(f"learning_rate: no rule is known below a hidden size of {SMALLEST_HIDDEN}; try 1e-3 and 3e-4")
+    known = config.model_name not in PRESETS and hidden >= SMALLEST_HIDDEN
+    if not known:
+        lines.append(
+            f"learning_rate: no rule is known of presets, or below hidden size {SMALLEST_HIDDEN}; try 1e-3 and 3e-4"
+        )
     else:
         for lora, name in ((False, "all weights"), (True, "LoRA")):
             rate, source = usual_learning_rate(config.task, hidden, model_type, lora)
@@ -127,7 +136,7 @@ def main(config: Config) -> str:
         lines.append("   any rank: the adapter is scaled by lora_alpha / lora_rank, lora_alpha=32")
     lines += [BATCHES[config.task], RANKS[config.task], f"renderer_name={renderer}: {reason}"]
     print("\n".join(lines))
-    if config.learning_rate is not None:
+    if config.learning_rate and known:
         warned = warn_of_learning_rate(config.task, config.model_name, config.lora_rank, config.learning_rate)
         print("" if warned else f"learning_rate={config.learning_rate:g} is not far off")
     return "\n".join(lines)

@@ -72,7 +72,7 @@ class ScalarModel(RewardModel):
             return []
         if (longest := max(map(len, tokens_D))) > (limit := self.client.get_info().max_length):
             raise ContextLengthError(
-                f"a conversation has {longest} tokens, the reward model's context {limit}: shorten answers"
+                f"a conversation has {longest} tokens, the reward model's context {limit}: lower max_tokens"
             )
         output = await self.client.forward([last_token_datum(tokens) for tokens in tokens_D], no_loss)
         return [float(out["scalars"].array[-1]) for out in output.loss_fn_outputs]

@@ -204,6 +204,7 @@ class PreferenceRowsBuilder(ComparisonDatasetBuilder):
 
     def _whole(self, fields: Fields) -> LabeledComparison:
         """With what a row of any shape may say beside its answers: `system` and `tools`."""
+        shapes.check_scores(fields)
         name, labeled = f"{type(self).__name__}.comparison", called(self, "comparison", fields)
         if not isinstance(labeled, LabeledComparison) or not isinstance(labeled.comparison, Comparison):
             raise DataError(f"{name} returned {labeled!r:.80}, not a LabeledComparison of a Comparison")

@@ -114,7 +114,8 @@ class LabelModel(PreferenceModel):
         longest = max(datum.model_input.length for datum in data_D)
         if longest > (limit := self.client.get_info().max_length):
             raise ContextLengthError(
-                f"a comparison has {longest} tokens, the label model's context {limit}: shorten the answers"
+                f"a comparison has {longest} tokens, the label model's context {limit}: "
+                "lower max_tokens, or leave such comparisons out"
             )
         output = await self.client.forward(data_D, "cross_entropy", all_logprobs=False)
         probabilities_DK = np.exp([out["logprobs"].array[-1] for out in output.loss_fn_outputs])

@@ -120,6 +120,21 @@ def scored_samples(
         yield ScoredSample(prompt, messages(sample, completion_field, "assistant"), number(sample, score_field))
 
 
+def check_scores(fields: Fields) -> None:
+    """DataError where a row says that its rejected answer is the better one (UltraFeedback's names, and others)."""
+    for names in (
+        ("score_chosen", "score_rejected"),
+        ("chosen_score", "rejected_score"),
+        ("chosen-rating", "rejected-rating"),
+    ):
+        chosen, rejected = map(fields.get, names)
+        if isinstance(chosen, int | float) and isinstance(rejected, int | float) and chosen < rejected:
+            raise DataError(
+                f"{names[0]!r} is {chosen:g} and {names[1]!r} is {rejected:g}: exchange the two answers, leave these "
+                "fields out, or drop such rows (malformed=drop)"
+            )
+
+
 def messages(fields: Fields, name: str, role: str) -> list[Message]:
     """A conversation unchanged, or a text as a message of `role`."""
     value = need(fields, name)

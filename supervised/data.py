@@ -15,7 +15,7 @@ from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.ranges import POSITIVE, WHOLE
 from posttrain.backend.types import Datum
 from posttrain.renderers import with_tools_as_json
-from posttrain.renderers.turns import bos, encode_text, eos
+from posttrain.renderers.turns import bos, decode, encode_text, eos
 from posttrain.renderers.types import Message, Renderer, TrainOnWhat
 from posttrain.tracking.datasets import ListDataset, held_out
 from supervised.examples import Examples, Joined, Ordered, by_processes
@@ -36,6 +36,8 @@ from supervised.rows import (
 )
 from supervised.table_rows import BLOCK, file_rows, picked, table_rows
 from supervised.types import SupervisedDataset, SupervisedDatasetBuilder, datasets_of
+
+MOST_OF_AN_END = 16  # tokens; more are words
 
 
 def conversation_to_datum(
@@ -116,9 +118,12 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
         return offering(fields, renderer).build_supervised_example(messages, what)
 
     def __call__(self, renderer: Renderer) -> tuple[SupervisedDataset, SupervisedDataset | None]:
-        train, test = self._split()
-        dataset = ListDataset(self._render(train, renderer), self.batch_size, self.seed)
-        return dataset, held_out(self._render(test, renderer, " held out") if test else [], self.batch_size)
+        train_rows, test_rows = self._split()
+        train = self._render(train_rows, renderer)
+        test = self._render(test_rows, renderer, " held out") if test_rows else Examples(self.reduction)
+        if seen := test.count_in(train):
+            print(f"WARNING {seen:,} of the {len(test):,} held-out examples are trained on, too", flush=True)
+        return ListDataset(train, self.batch_size, self.seed), held_out(test, self.batch_size)
 
     def first(self, renderer: Renderer, count: int) -> list[Datum]:
         """Up to `count` training examples in their first order, that of a set from which none is
@@ -147,25 +152,27 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
 
     def _render(self, rows: Sequence[Row], renderer: Renderer, kind: str = "") -> Examples:
         """Prints one line: the number of examples, dropped and truncated."""
-        data, overlong, emptied, limit = Examples(self.reduction), 0, 0, self._limit(renderer)
+        data, overlong, emptied, wordless, limit = Examples(self.reduction), 0, 0, 0, self._limit(renderer)
         tokenize = partial(self._tokenized, renderer, limit)
-        for part, too_long, left_empty in by_processes(tokenize, rows, f"tokenizing{kind} examples"):
+        for part, *counts in by_processes(tokenize, rows, f"tokenizing{kind} examples"):
             data.extend(part)
-            overlong, emptied = overlong + too_long, emptied + left_empty
+            overlong, emptied, wordless = overlong + counts[0], emptied + counts[1], wordless + counts[2]
         line = f"{rows[0][0].rsplit(':', 1)[0]}: {len(rows):,}{kind} examples"
         if overlong:
             line += f", {overlong:,} longer than {limit} tokens {'dropped' if self.overlong == 'drop' else 'truncated'}"
         if emptied:
             line += f" ({emptied:,} of them dropped: nothing to train on was left)"
+        if wordless:
+            line += f"; WARNING {wordless:,} have an empty answer, of which the end alone is trained on"
         if not data:
             raise DataError(f"{line}: none is left; raise max_length or check the data")
         print(line, flush=True)
         return data
 
-    def _tokenized(self, renderer: Renderer, limit: int, rows: Sequence[Row]) -> tuple[Examples, int, int]:
-        """The examples, how many were longer than `limit` tokens, and how many of these have nothing to
-        train on left."""
-        data, overlong, emptied = Examples(self.reduction), 0, 0
+    def _tokenized(self, renderer: Renderer, limit: int, rows: Sequence[Row]) -> tuple[Examples, int, int, int]:
+        """The examples, how many were longer than `limit` tokens, how many of these have nothing to
+        train on left, and how many have no words to train on."""
+        data, overlong, emptied, wordless = Examples(self.reduction), 0, 0, 0
         for where, fields in rows:
             try:
                 tokens, weights = self.example(fields, renderer)
@@ -181,9 +188,18 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
                         emptied += 1
                         continue
                 data.append(tokens, weights, limit)
+                wordless += _is_wordless(renderer, tokens, weights)
             except DataError as error:
                 raise DataError(f"{where}: {error}") from error
-        return data, overlong, emptied
+        return data, overlong, emptied, wordless
+
+
+def _is_wordless(renderer: Renderer, tokens: Sequence[int], weights: Sequence[float]) -> bool:
+    """Whether all that is trained on is white space and the end of a turn."""
+    stops = [*renderer.get_stop_sequences(), *eos(renderer.tokenizer)]
+    trained = [token for token, weight in zip(tokens, weights, strict=True) if weight and token not in stops]
+    ends = {"", *(stop.strip() for stop in stops if isinstance(stop, str))}
+    return len(trained) <= MOST_OF_AN_END and decode(renderer.tokenizer, trained).strip() in ends
 
 
 @chz.chz

@@ -9,11 +9,11 @@ import signal
 import sys
 from array import array
 from bisect import bisect_right
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from multiprocessing import get_context
 from typing import Any, TypeVar
 
@@ -85,6 +85,16 @@ class Examples(Sequence[Datum]):
         self._tokens += others._tokens
         self._weights += others._weights
         self._ends.extend(before + end for end in others._ends[1:])
+
+    def count_in(self, others: "Examples") -> int:
+        """How many examples are among the `others`, by their tokens."""
+        own = Counter(self._keys())
+        found = {key for key in others._keys() if key in own}  # no second copy of a large set
+        return sum(own[key] for key in found)
+
+    def _keys(self) -> Iterator[bytes]:
+        """The tokens of each example."""
+        return (self._tokens[start:end].tobytes() for start, end in pairwise(self._ends))
 
     def __len__(self) -> int:
         return len(self._ends) - 1

@@ -72,6 +72,11 @@ def test_the_command_says_rates_sources_batches_and_renderer(model, capsys):
         "not far off",
     ):
         assert text in printed
+    for name, rate in (("tiny", 1.0), (model, 0.0)):  # no rule is known
+        main(Config(model_name=name, learning_rate=rate))
+        assert "not far off" not in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="lora_rank=1025 is more than the hidden size"):
+        main(Config(model_name=model, lora_rank=1025))
 
 
 def test_recommended_renderers():

@@ -351,6 +351,9 @@ def test_claims_about_a_run_by_hand(tmp_path):
             write_summary(folder / "summary.json", Summary(number, *chosen, found))
     assert {name: held for name, (held, _) in claims(tmp_path).items()} == {"a": True, "b": True, "c": True}
     assert "after the middle round: bstar +0.200, online_rft_t05 +0.100, online_rft +0.100" in claims(tmp_path)["b"][1]
+    for name in ("bstar", "online_rft"):  # and a last round that is not evaluated
+        (tmp_path / name / "round_05").mkdir()
+        write_summary(tmp_path / name / "round_05" / "summary.json", Summary(5, "1", "0", None, {}))
     lines = differences([tmp_path, tmp_path])
     assert lines[0].startswith("pass@1     bstar - online_rft ") and "+0.100 ± 0.000; above in 2 of 2" in lines[0]
     shutil.rmtree(tmp_path / "online_rft")

@@ -210,6 +210,18 @@ def test_an_optimizer_that_does_not_fit_changes_nothing(
     client.load_state(path).result()  # its weights are good
 
 
+def test_moments_that_are_not_finite_are_named(torch_service: ServiceClient) -> None:
+    client = torch_service.create_training_client("micro")
+    train(client, range(1))
+    path = client.save_state("saved").result().path
+    saved = load_file(f"{path}/{OPTIMIZER}")
+    saved[NAME][0, 0] = float("nan")
+    save_file(saved, f"{path}/{OPTIMIZER}")
+    with pytest.raises(CheckpointError, match=f"{OPTIMIZER} is damaged, {NAME} is NaN or infinite: copy it again"):
+        client.load_state_with_optimizer(path).result()
+    client.save_state("whole").result()  # and the NaN is not kept
+
+
 def test_weights_that_are_not_those_of_the_config_are_refused(torch_service: ServiceClient) -> None:
     client = torch_service.create_training_client("micro")
     path = client.save_state("saved").result().path

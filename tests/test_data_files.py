@@ -470,6 +470,8 @@ def test_preferences_are_found_by_their_fields(tmp_path: Path, rows: list[dict[s
         ({"input": "a", "preferred_output": "b", "non_preferred_output": "c"}, "an object with 'messages'"),
         ({"input": {}, "preferred_output": "b", "non_preferred_output": "c"}, "no field 'prompt'"),
         ({"comparison": "a", "label": "A"}, "'comparison' must be an object with"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c", "score_chosen": 2, "score_rejected": 3}, "exchange the two"),
+        ({"chosen": "a b", "rejected": "a c", "chosen-rating": 1, "rejected-rating": 2}, "'chosen-rating' is 1 and"),
         ({"messages": [USER], "label": True}, "'messages' must end with the answer that 'label' marks"),
         ({"messages": [USER, ASSISTANT], "label": 1}, "must be a list of messages, and 'label' true or false"),
     ],

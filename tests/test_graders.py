@@ -58,6 +58,17 @@ def test_answers_are_read_exactly():
         ("The answer is -3 1/2 m", "-3.5"),
         ("The answer is 1.5e3", "1500"),
         ("on 3/4/2020", "2020"),
+        ("#### 1 000", "1000"),
+        ("The answer is -12\u202f345\u202f678.5 m", "-12345678.5"),
+        ("The answer is $1'000", "1000"),
+        ("The answer is 1.000.000", "1000000"),
+        (r"The answer is 1{,}000", "1000"),
+        ("the page 3 2024", "2024"),
+        ("The answer is 12 200-metre runs", "12"),
+        ("The answer is 1.000", "1"),
+        ("The answer is 1 250/1000", "1.25"),
+        ("The answer is 3\u00bd", "3.5"),
+        ("The answer is \uff0d\uff11\uff12", "-12"),
     ],
 )
 def test_equal_numbers_are_one_vote(text: str, answer: str):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from envs.star_graph_data import StarGraphExamplesBuilder
 from posttrain.backend.errors import ConfigError, DataError, ModelError
-from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.backend.tokenizers import character_tokenizer, load_tokenizer
 from posttrain.backend.types import Datum, ModelInput
 from posttrain.renderers import get_renderer
 from posttrain.renderers.turns import decode
@@ -189,6 +189,16 @@ def test_held_out_examples_are_not_trained_on(tmp_path):
         PromptCompletionFileBuilder(path=path, test_size=20)(PLAIN)
     with pytest.raises(ConfigError, match="give one of them"):
         PromptCompletionFileBuilder(path=path, test_size=1, test_path=path)(PLAIN)
+
+
+@pytest.mark.parametrize("renderer_name", ["plain", "role_colon", "chat_template"])
+def test_empty_answers_and_held_out_examples_that_are_trained_on_are_counted(tmp_path, capsys, renderer_name):
+    rows = [*sums(3), *({"prompt": "0+0=", "completion": blank} for blank in ("", " ", "\n"))]
+    path, test_path = write(tmp_path / "sums.jsonl", *rows), write(tmp_path / "test.jsonl", rows[1], *sums(6)[4:])
+    PromptCompletionFileBuilder(path=path, test_path=test_path)(get_renderer(renderer_name, load_tokenizer("tiny")))
+    said = capsys.readouterr().out
+    assert f"{path}: 6 examples; WARNING 3 have an empty answer, of which the end alone is trained on\n" in said
+    assert "WARNING 1 of the 3 held-out examples are trained on, too" in said
 
 
 def test_overlong_examples_are_counted_never_lost_silently(tmp_path, capsys):

@@ -183,7 +183,8 @@ def _check_values(data_D: Sequence[Datum], required: Sequence[str], vocabulary: 
     for tokens_D in (arrays["target_tokens"], inputs_D):
         if (d := _first(tokens_D, lambda array: (array < 0) | (array >= vocabulary))) is not None:
             negative = bool((tokens_D[d] < 0).any())
-            hint = "weights of 0 leave tokens out, not -100" if negative else "was it made with another tokenizer?"
+            other = "was it made with another tokenizer, or sampled by a model with more ids?"
+            hint = "weights of 0 leave tokens out, not -100" if negative else other
             raise DataError(f"datum {first + d} has a token outside the vocabulary of {vocabulary}: {hint}")
     if np.array_equal(arrays["target_tokens"][0], inputs_D[0]) and len(set(inputs_D[0])) > 1:
         _say_unshifted()

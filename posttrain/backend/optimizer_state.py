@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from posttrain.backend.checkpoint_files import tensor_shapes
+from posttrain.backend.checkpoint_files import REMEDY, tensor_shapes
 from posttrain.backend.errors import CheckpointError
 from posttrain.backend.lean_adamw import MOMENTS, LeanAdamW, Slots
 from posttrain.backend.ranks import shard_like, whole_on_cpu
@@ -72,7 +72,8 @@ def check_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.opt
 
 @torch.no_grad()
 def load_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.optim.Optimizer, file: Path) -> None:
-    """Replaces the optimizer's state, after check_optimizer; no change if that refuses."""
+    """Replaces the optimizer's state, after check_optimizer; no change if that refuses. CheckpointError, with an empty
+    state, for one that is not finite: it would show as a step that went too far, when the next checkpoint is saved."""
     check_optimizer(parameters, optimizer, file)
     optimizer.state.clear()
     with safe_open(file, "pt") as tensors:
@@ -82,6 +83,9 @@ def load_optimizer(parameters: Mapping[str, nn.Parameter], optimizer: torch.opti
             on_cpu = slot == "step" and isinstance(optimizer, LeanAdamW)  # AdamW's, fused, is on the device
             dtype = slots(parameter, optimizer)[slot][1]
             tensor = tensors.get_tensor(key).to("cpu" if on_cpu else parameter.device, dtype)
+            if not torch.isfinite(tensor).all():
+                optimizer.state.clear()
+                raise CheckpointError(f"{file} is damaged, {key} is NaN or infinite: {REMEDY}")
             optimizer.state[parameter][slot] = shard_like(tensor, parameter)
 
 

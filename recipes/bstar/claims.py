@@ -2,7 +2,7 @@
 
     python -m recipes.bstar.claims runs/bstar runs/bstar_1 runs/bstar_2
 
-The differences between B-STaR and each other method after the last round, at the same seed, with
+The differences between B-STaR and each other method after their last round, at the same seed, with
 the 95% interval of their mean by Student's t; then, for each run:
 
     (a) pass@K-4: the coldest fixed run ends below its best round, B-STaR no lower than after the first.
@@ -10,7 +10,7 @@ the 95% interval of their mean by Student's t; then, for each run:
     (c) The chosen temperature ends above its first value; the balance score never falls by more
         than `NOISE`.
 
-The rounds of (a) and (b) are those that were evaluated.
+The rounds of the differences, (a) and (b) are those that were evaluated.
 """
 
 import math
@@ -90,7 +90,7 @@ def differences(folders: Sequence[Path]) -> list[str]:
     others = [name for name in runs[0] if name != "bstar" and all(name in rounds for rounds in runs)]
     lines = []
     for key in ("test/pass@1", "test/greedy", f"test/pass@{samples_of(runs[0]['bstar'])}-4"):
-        ends = {name: [value(rounds[name][-1], key) for rounds in runs] for name in ("bstar", *others)}
+        ends = {name: [_curve(rounds[name], key)[-1] for rounds in runs] for name in ("bstar", *others)}
         for name in others:
             more_S = [b - other for b, other in zip(ends["bstar"], ends[name], strict=True)]
             mean, margin = mean_and_margin(more_S)
