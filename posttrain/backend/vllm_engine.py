@@ -158,9 +158,13 @@ class VllmEngine:
         self._wake()
         request_id = str(self._next_id)
         self._next_id += 1
-        self._engine.add_request(
-            request_id, {"type": "token", "prompt_token_ids": request.prompt}, vllm_params, lora_request=self._adapter
-        )
+        prompt: Any = {"type": "token", "prompt_token_ids": request.prompt}
+        own_id = self._engine.add_request(request_id, prompt, vllm_params, lora_request=self._adapter)
+        if vllm_params.detokenize:
+            # Beside stop strings vLLM spells out each token that it lists: slow for many, and 0.32 ends at an id
+            # that the tokenizer has not.
+            listed: Any = self._engine.output_processor.request_states[own_id].logprobs_processor
+            listed.tokenizer = None
         self._unfinished[request_id], self._ids[request] = request, request_id
 
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
