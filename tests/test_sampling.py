@@ -3,6 +3,7 @@ that specs/vllm.md lists.
 """
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,10 @@ def test_truncated_sampling_is_renormalised(engines, which: int) -> None:  # noq
     assert sum(probability.values()) <= 1 + 1e-4
     # mass of the tail moved into the nucleus
     assert next(iter(probability.values())) > np.exp(untempered) + 1e-4
+    # a greedy token was not drawn
+    cut = replace(GREEDY, top_k=3, top_p=0.1)
+    whole, greedy = (engines[which].sample(prompt, 1, params).result().sequences[0] for params in (GREEDY, cut))
+    assert greedy.tokens == whole.tokens and greedy.logprobs == pytest.approx(whole.logprobs, abs=rounded(1e-5))
 
 
 @pytest.mark.parametrize("which", [1, 2], ids=["vllm", "torch"])

@@ -6,11 +6,12 @@ live in one process, as they do in a run that has several models.
 from collections.abc import Iterator
 from pathlib import Path
 
+import chz
 import pytest
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.errors import ModelError
+from posttrain.backend.errors import EngineError, ModelError
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import LoraConfig
 from posttrain.backend.vllm_refusals import ON_A_CPU
@@ -102,6 +103,18 @@ def test_a_type_that_vllm_computes_otherwise_is_refused(service: ServiceClient, 
     folder = str(save(random_model(kind), tmp_path / "model"))
     with pytest.raises(ModelError, match="vLLM cannot serve this model on a CPU: it.*backend.engine=torch"):
         service.create_training_client(folder).save_weights_and_get_sampling_client()
+
+
+# Trap: what an engine that failed leaves in the process: a class of transformers that vLLM has changed, and groups of
+# processes without one for experts.
+def test_after_an_engine_that_failed_others_open(service: ServiceClient, tmp_path: Path) -> None:
+    folders = [str(save_random_model(family, tmp_path / family)) for family in ("OLMo 2", "Qwen 3-MoE")]
+    config = chz.replace(service.config, sampler_memory_gb=1e-5)
+    with ServiceClient(config, tmp_path) as small, pytest.raises(EngineError, match="too little memory"):
+        small.create_sampling_client(base_model=folders[0])
+    for folder in reversed(folders):
+        with service.create_training_client(folder) as client:
+            assert largest_gap(client) < SAMPLER_GAP
 
 
 # Trap: vLLM opens an engine for heads of any size, and its kernels fail in the first step.

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import posttrain.backend.vllm_engine
 from posttrain.backend.config import BackendConfig
@@ -22,8 +23,10 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import LoraConfig, SamplingParams
 from posttrain.backend.vllm_settings import vllm_is_installed
+from tests.architectures import FAMILIES
 from tests.conftest import NO_VLLM, SAMPLER_GAP, prompt_of
 from tests.test_sampling import GREEDY, train_a_little, trainer_logprobs
+from tests.test_tokenizer_kinds import KINDS, wrapped
 
 
 def global_draws() -> tuple[float, float, float]:
@@ -105,6 +108,27 @@ def test_engines_beside_each_other_and_after_the_end_of_one(unseeded_service: Se
     assert sampled.logprobs == pytest.approx(
         trainer_logprobs(clients[0], prompt_of(5), sampled.tokens)[4:].tolist(), abs=SAMPLER_GAP
     )
+
+
+# Trap: beside a stop string vLLM 0.32 spells out each token that it lists, and ends at an id in a model's padding.
+def test_ids_that_the_tokenizer_has_not_are_listed_beside_stop_strings(
+    vllm_service: ServiceClient, torch_service: ServiceClient, tmp_path: Path
+) -> None:
+    tokenizer = wrapped(KINDS["Mistral"]())
+    config = FAMILIES["Llama 3"]()
+    config.vocab_size = len(tokenizer) + 6
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    prompt, params = prompt_of(9), SamplingParams(max_tokens=8, temperature=0.0, stop=["never"])
+    answers = []
+    for service in (vllm_service, torch_service):
+        with service.create_sampling_client(base_model=str(tmp_path)) as sampler:
+            response = sampler.sample(prompt, 1, params, True, config.vocab_size, config.vocab_size).result()
+            prompt_rows, sampled_rows = response.topk_prompt_logprobs, response.sequences[0].topk_logprobs
+            assert prompt_rows and sampled_rows
+            answers.append([*prompt_rows[1:], *sampled_rows])
+    for ours, theirs in zip(*answers, strict=True):
+        assert len(ours) == config.vocab_size and dict(ours) == pytest.approx(dict(theirs), abs=SAMPLER_GAP)
 
 
 def test_a_sequence_that_vllm_gives_up_is_no_answer(

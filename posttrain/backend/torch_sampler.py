@@ -398,13 +398,16 @@ def _draw(rows: list[_Row], logits_BV: torch.Tensor) -> torch.Tensor:
 
 
 def _truncate(logits_BV: torch.Tensor, params_B: list[SamplingParams]) -> torch.Tensor:
-    """Top-k, then top-p on the rest: other tokens get probability 0."""
-    if all(params.top_k <= 0 and params.top_p >= 1 for params in params_B):
-        return logits_BV
+    """Top-k, then top-p on the rest: other tokens get probability 0. Not of greedy rows, whose logprobs
+    are those of temperature 1, as in vLLM."""
     vocabulary = logits_BV.shape[-1]
-    counts = [params.top_k if params.top_k > 0 else vocabulary for params in params_B]
+    drawn_B = [params.temperature > 0 for params in params_B]
+    counts = [p.top_k if drawn and p.top_k > 0 else vocabulary for p, drawn in zip(params_B, drawn_B, strict=True)]
+    shares = [p.top_p if drawn else 1.0 for p, drawn in zip(params_B, drawn_B, strict=True)]
+    if min(counts) >= vocabulary and min(shares) >= 1:
+        return logits_BV
     top_k_B = torch.tensor(counts, device=logits_BV.device)
-    top_p_B = torch.tensor([params.top_p for params in params_B], device=logits_BV.device)
+    top_p_B = torch.tensor(shares, device=logits_BV.device)
     sorted_BV, order_BV = logits_BV.sort(-1, descending=True)
     sorted_BV = sorted_BV.masked_fill(torch.arange(vocabulary, device=logits_BV.device) >= top_k_B[:, None], -torch.inf)
     probs_BV = sorted_BV.softmax(-1)

@@ -108,7 +108,8 @@ def _as_tensor_data(value: Any) -> TensorData:
 @dataclass(frozen=True)
 class SamplingParams:
     """`stop`: None stops at EOS; strings or token ids stop there and at EOS; [] never stops.
-    `top_k` -1 or 0 means all tokens. RangeError for numbers out of range, and for other stops."""
+    `top_k` -1 or 0 means all tokens. `temperature` 0 takes the most likely token, with its logprob at
+    temperature 1 among all tokens. RangeError for numbers out of range, and for other stops."""
 
     max_tokens: int | None = None
     seed: int | None = None

@@ -108,9 +108,9 @@ class VllmEngine:
             _let_modules_be_searched()
             try:
                 vllm_config = EngineArgs(**args).create_engine_config()
-                if _live_engines and vllm_config.model_config.is_moe:
-                    # vLLM makes it anew; what it made for another kind of model has no group for
-                    # experts
+                if vllm_config.model_config.is_moe:
+                    # vLLM makes it anew; what another kind of model left, open or refused, has no
+                    # group for experts
                     destroy_model_parallel()
                 with _transformers_classes_kept(self._checkpoint_form.model, vllm_config):
                     self._engine = LLMEngine.from_vllm_config(vllm_config, disable_log_stats=True)
@@ -158,9 +158,13 @@ class VllmEngine:
         self._wake()
         request_id = str(self._next_id)
         self._next_id += 1
-        self._engine.add_request(
-            request_id, {"type": "token", "prompt_token_ids": request.prompt}, vllm_params, lora_request=self._adapter
-        )
+        prompt: Any = {"type": "token", "prompt_token_ids": request.prompt}
+        own_id = self._engine.add_request(request_id, prompt, vllm_params, lora_request=self._adapter)
+        if vllm_params.detokenize:
+            # Beside stop strings vLLM spells out each token that it lists: slow for many, and 0.32 ends at an id
+            # that the tokenizer has not.
+            listed: Any = self._engine.output_processor.request_states[own_id].logprobs_processor
+            listed.tokenizer = None
         self._unfinished[request_id], self._ids[request] = request, request_id
 
     def step(self) -> list[tuple[SequenceRequest, Sampled]]:
@@ -425,20 +429,22 @@ def set_batch_invariance(device: torch.device) -> None:
 @contextmanager
 def _transformers_classes_kept(model: Any, vllm_config: Any) -> Iterator[None]:
     """vLLM changes transformers' class of a model it has no class for, for all users of the class,
-    such as the trainer. This undoes it; only vLLM's compiled models need the change."""
+    such as the trainer. This undoes it, also for an engine that fails; only vLLM's compiled models need
+    the change."""
     decoder = type(model.get_decoder())
     before, bases = dict(vars(decoder)), decoder.__bases__
-    yield
-    changed = [name for name, value in vars(decoder).items() if name not in before or before[name] is not value]
-    if decoder.__bases__ == bases and not changed:
-        return
-    decoder.__bases__ = bases
-    for name in changed:
-        if name in before:
-            setattr(decoder, name, before[name])
-        else:
-            delattr(decoder, name)
-    if not vllm_config.model_config.enforce_eager:
+    try:
+        yield
+    finally:
+        changed = [name for name, value in vars(decoder).items() if name not in before or before[name] is not value]
+        was_changed = bool(changed) or decoder.__bases__ != bases
+        decoder.__bases__ = bases
+        for name in changed:
+            if name in before:
+                setattr(decoder, name, before[name])
+            else:
+                delattr(decoder, name)
+    if was_changed and not vllm_config.model_config.enforce_eager:
         raise ModelError(
             f"vLLM runs {decoder.__name__} through transformers: set backend.enforce_eager=true. Or {USE_TORCH}"
         )
