@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,22 @@ def test_a_pass_whose_tokens_are_all_clipped_changes_no_step(name: str) -> None:
         weights.append(trainer.trained.exact(trainer.model.state_dict()))
     assert are_clipped == [True, False, True, False]
     assert all(torch.equal(weights[0][key], t) for key, t in weights[1].items())
+
+
+@pytest.mark.parametrize("name", ["masters", "rounded", "rounded, 8 bits", "8 bits"])
+def test_moments_are_finite_after_each_step_that_is_taken(name: str) -> None:
+    """So a sync, which checks the weights alone, misses nothing."""
+    taken = []
+    for exponent in range(16, 21):  # the squares of some are beyond fp32
+        trainer = Trainer("micro", backend(SETTINGS[name]))
+        for p in trainer.trained.stepped.values():
+            p.grad = torch.full_like(p, 10.0**exponent)
+        with suppress(NonFiniteError):
+            trainer.optim_step(AdamParams(1e-3))
+            trainer.check_finite()
+            taken.append(exponent)
+        assert exponent in taken or not trainer.optimizer.state
+    assert taken and len(taken) < 5
 
 
 @pytest.mark.parametrize("settings", [{"offload_optimizer": True}], ids=str)

@@ -428,9 +428,9 @@ class Trainer:
     # --- checkpoints -----------------------------------------------------------------------------
 
     @computing()
-    def check_finite(self) -> None:
-        """NonFiniteError if a weight, or its optimizer state, is NaN or infinite."""
-        check_finite(self.trained.stepped, self.optimizer)
+    def check_finite(self, moments: bool = True) -> None:
+        """NonFiniteError if a weight, or with `moments` its optimizer state, is NaN or infinite."""
+        check_finite(self.trained.stepped, self.optimizer if moments else None)
 
     @computing()
     def save_state(self, tokenizer: PreTrainedTokenizerBase, path: Path, extra: dict[str, Any]) -> None:

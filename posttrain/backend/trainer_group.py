@@ -282,8 +282,8 @@ class TrainerGroup:
     def info(self) -> GetInfoResponse:
         return self._call("info")
 
-    def check_finite(self) -> None:
-        self._call("check_finite")
+    def check_finite(self, moments: bool = True) -> None:
+        self._call("check_finite", moments)
 
     def checkpoint_bytes(self) -> int:
         return self._call("checkpoint_bytes")
