@@ -35,7 +35,7 @@ if not __package__:  # run as a file: the packages are two folders up
 from benchmarks.gpu.aims import read_records, table
 
 ROOT = Path(__file__).resolve().parents[2]
-# Limits; about half of them is needed (README.md). In the order of what a figure is worth, for a
+# Limits; about two thirds of them are needed (README.md). In the order of what a figure is worth, for a
 # card that is lent for minutes.
 SECONDS = {
     "facts": 60,
