@@ -107,7 +107,7 @@ def test_a_pass_whose_tokens_are_all_clipped_changes_no_step(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["masters", "rounded", "rounded, 8 bits", "8 bits"])
 def test_moments_are_finite_after_each_step_that_is_taken(name: str) -> None:
-    """So a sync, which checks the weights alone, misses nothing."""
+    """So a sync, which checks the weights of passes alone, misses nothing."""
     taken = []
     for exponent in range(16, 21):  # the squares of some are beyond fp32
         trainer = Trainer("micro", backend(SETTINGS[name]))

@@ -429,8 +429,9 @@ class Trainer:
 
     @computing()
     def check_finite(self, moments: bool = True) -> None:
-        """NonFiniteError if a weight, or with `moments` its optimizer state, is NaN or infinite."""
-        check_finite(self.trained.stepped, self.optimizer if moments else None)
+        """NonFiniteError if a weight, or its optimizer state, is NaN or infinite. Without `moments`: a weight
+        as passes read it."""
+        check_finite(*((self.trained.stepped, self.optimizer) if moments else (self.trained.named, None)))
 
     @computing()
     def save_state(self, tokenizer: PreTrainedTokenizerBase, path: Path, extra: dict[str, Any]) -> None:
