@@ -5,6 +5,7 @@ import concurrent.futures
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,8 @@ def test_what_is_not_finite_is_never_saved(torch_service: ServiceClient, where: 
         for save in (client.save_state, client.save_weights_for_sampler):
             with pytest.raises(NonFiniteError, match="not finite"):
                 save("kept").result(PATIENCE)
-        with pytest.raises(NonFiniteError):
+        # a sampler has no moments
+        with pytest.raises(NonFiniteError) if where == "weight" else nullcontext():
             client.save_weights_and_get_sampling_client()
     assert [path.name for path in Path(kept).parent.iterdir()] == ["kept"], "and nothing is left beside it"
     client.load_state_with_optimizer(kept).result(PATIENCE)

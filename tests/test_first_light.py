@@ -1,6 +1,7 @@
 """First light: aims and their verdicts, ratios, and what only a GPU's blocks do, with a stand-in."""
 
 import copy
+import io
 import json
 import os
 import shutil
@@ -19,7 +20,7 @@ import torch
 from torch._C._autograd import DeviceType
 from torch.autograd.profiler_util import FunctionEvent
 
-from benchmarks.gpu import first_light, large_models, learning, train_step, warm_start
+from benchmarks.gpu import first_light, large_models, learning, sampling, train_step, warm_start
 from benchmarks.gpu.aims import AIMS, Aim, table
 from benchmarks.gpu.checks import Record
 from benchmarks.gpu.data import VOCABULARY
@@ -93,6 +94,35 @@ def test_blocks_run_in_turn_or_together_and_what_failed_comes_last(
     monkeypatch.setattr("sys.argv", ["first_light.py", "--out", str(tmp_path), "--blocks", blocks])
     assert first_light.main() == 1
     assert set(began[:2]) == {"learning", "star_graph_run"} and began[2:] == ["head", "sampling"]
+
+
+def test_blocks_that_hang_leave_time_to_the_next_ones(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The third command of a machine that is lent: both blocks with vLLM first hang, and the rest is measured."""
+    now, taken = 0.0, dict[str, float]()
+
+    def run(name: str, out: Path, limit: float) -> dict[str, Any]:
+        nonlocal now
+        taken[name] = limit if name in ("half_b_engine", "sampling") else min(85, limit)
+        now += taken[name]
+        return {"passed": False, "seconds": taken[name]}
+
+    monkeypatch.setattr(first_light, "run_block", run)
+    monkeypatch.setattr(first_light, "time", SimpleNamespace(monotonic=lambda: now))
+    blocks = "half_b_engine,sampling,large_models,star_graph_run"
+    arguments = ["--out", str(tmp_path), "--seconds", "450", "--blocks", blocks]
+    monkeypatch.setattr("sys.argv", ["first_light.py", *arguments])
+    assert first_light.main() == 4
+    assert taken == {"half_b_engine": 180, "sampling": 155, "large_models": 75, "star_graph_run": 40}
+
+
+def test_an_engine_that_hangs_ends_its_round_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling, "ROUND_SECONDS", 0.01)
+    killed = list[str]()
+    process: Any = SimpleNamespace(stdin=io.StringIO(), kill=lambda: killed.append("ours"))
+    engine = sampling.EngineProcess("ours", process)
+    with pytest.raises(RuntimeError, match="no answer in time"):
+        sampling.measure(FIRST["ours"], [engine], deadline=float("inf"))
+    assert killed == ["ours"]
 
 
 def test_figures_are_kept_while_a_block_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

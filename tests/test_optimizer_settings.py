@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from posttrain.backend.lean_adamw import (
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.training_client import TrainingClient
-from posttrain.backend.types import AdamParams, LoraConfig
+from posttrain.backend.types import AdamParams, Datum, LoraConfig
 from tests.conftest import policy_data, trainer_of
 
 BF16 = {"dtype": "bfloat16"}
@@ -85,6 +86,39 @@ def test_resuming_is_bit_identical(name: str, lora: LoraConfig | None, tmp_path:
         assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
         sampled = dict(resumed._trainer.sampled.sampler_weights())
         assert all(torch.equal(sampled[key], t) for key, t in uninterrupted._trainer.sampled.sampler_weights())
+
+
+# Trap: no gradient arrives at the weights, so their hooks meet None.
+@pytest.mark.parametrize("name", SETTINGS)
+def test_a_pass_whose_tokens_are_all_clipped_changes_no_step(name: str) -> None:
+    clipped, other = policy_data(2, 0)
+    inputs = {key: value.array for key, value in clipped.loss_fn_inputs.items()}
+    rising = {"logprobs": inputs["logprobs"] - 10, "advantages": abs(inputs["advantages"])}
+    clipped = Datum(clipped.model_input, inputs | rising)
+    weights, are_clipped = [], []
+    for passes in ([clipped, other, clipped], [other]):
+        trainer = Trainer("micro", backend(SETTINGS[name]))
+        are_clipped += [trainer.run([datum], "ppo").metrics["clip_fraction:mean"] == 1 for datum in passes]
+        trainer.optim_step(AdamParams(1e-3))
+        weights.append(trainer.trained.exact(trainer.model.state_dict()))
+    assert are_clipped == [True, False, True, False]
+    assert all(torch.equal(weights[0][key], t) for key, t in weights[1].items())
+
+
+@pytest.mark.parametrize("name", ["masters", "rounded", "rounded, 8 bits", "8 bits"])
+def test_moments_are_finite_after_each_step_that_is_taken(name: str) -> None:
+    """So a sync, which checks the weights of passes alone, misses nothing."""
+    taken = []
+    for exponent in range(16, 21):  # the squares of some are beyond fp32
+        trainer = Trainer("micro", backend(SETTINGS[name]))
+        for p in trainer.trained.stepped.values():
+            p.grad = torch.full_like(p, 10.0**exponent)
+        with suppress(NonFiniteError):
+            trainer.optim_step(AdamParams(1e-3))
+            trainer.check_finite()
+            taken.append(exponent)
+        assert exponent in taken or not trainer.trained.optimizer.state
+    assert taken and len(taken) < 5
 
 
 @pytest.mark.parametrize("settings", [{"offload_optimizer": True}], ids=str)

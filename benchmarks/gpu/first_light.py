@@ -35,7 +35,7 @@ if not __package__:  # run as a file: the packages are two folders up
 from benchmarks.gpu.aims import read_records, table
 
 ROOT = Path(__file__).resolve().parents[2]
-# Limits; about half of them is needed (README.md). In the order of what a figure is worth, for a
+# Limits; about two thirds of them are needed (README.md). In the order of what a figure is worth, for a
 # card that is lent for minutes.
 SECONDS = {
     "facts": 60,
@@ -62,6 +62,7 @@ SECONDS = {
 _writing = threading.Lock()  # of blocks beside each other
 _running: set[int] = set()  # their processes
 FEWEST_SECONDS = 20.0  # in which a block can tell anything
+KEPT_SECONDS = 60.0  # for each of the next two that wait, if one before them hangs
 KILL_SECONDS = 15.0  # that the end of a killed block may take
 SHOWN_EVERY = 5.0  # seconds: the figures of a block that runs
 ENVIRONMENT = {
@@ -92,6 +93,13 @@ def last_record(lines: list[str]) -> dict[str, Any]:
 def in_turn(groups: list[list[str]], out: Path) -> list[list[str]]:
     """First the blocks that have not run, then those that did not pass."""
     return sorted(groups, key=lambda names: all((out / f"{name}.json").exists() for name in names))
+
+
+def limits(names: list[str], patience: float, left: float, later: int) -> list[float]:
+    """Of blocks that run beside each other, before `later` ones. Each has half of its own limit, if so much is left."""
+    kept = KEPT_SECONDS * min(later, 2)
+    own = [patience * SECONDS[name] for name in names]
+    return [min(left, most, max(left - kept, most / 2)) for most in own]
 
 
 def end_left_behind(out: Path) -> None:
@@ -207,8 +215,9 @@ def main() -> int:
     arguments.out.mkdir(parents=True, exist_ok=True)
     end_left_behind(arguments.out)
     failed = 0
-    for names in in_turn([names.split("+") for names in arguments.blocks.split(",")], arguments.out):
-        waiting = [name for name in names if not has_passed(arguments.out / f"{name}.json")]
+    groups = in_turn([names.split("+") for names in arguments.blocks.split(",")], arguments.out)
+    waiting_of = [[name for name in names if not has_passed(arguments.out / f"{name}.json")] for names in groups]
+    for place, (names, waiting) in enumerate(zip(groups, waiting_of, strict=True), start=1):
         for name in names:
             if name not in waiting:
                 print(f"{name}: passed before")
@@ -219,8 +228,8 @@ def main() -> int:
             failed += len(waiting)
             continue
         with ThreadPoolExecutor(len(waiting)) as together:
-            limits = [min(arguments.patience * SECONDS[name], left) for name in waiting]
-            records = together.map(run_block, waiting, [arguments.out] * len(waiting), limits)
+            of_each = limits(waiting, arguments.patience, left, sum(map(bool, waiting_of[place:])))
+            records = together.map(run_block, waiting, [arguments.out] * len(waiting), of_each)
             for name, record in zip(waiting, ended(records), strict=True):
                 failed += not record["passed"]
                 print(f"{name}: {'passed' if record['passed'] else 'FAILED'} in {record['seconds']} s", flush=True)

@@ -94,8 +94,8 @@ class Stopwatch:
 
 
 def sync_parts(record: Record, client: TrainingClient) -> None:
-    """The fused copy (or the loaders' loop; both cast, too), waiting for it, the prefix cache, and what
-    is left: threads and guards.
+    """The check that weights are finite, the fused copy (or the loaders' loop; both cast, too), waiting for it, the
+    prefix cache, and what is left: threads and guards.
 
     Each reset has one short answer's blocks to forget, and walks all blocks of the cache.
     """
@@ -107,13 +107,14 @@ def sync_parts(record: Record, client: TrainingClient) -> None:
             ("weight loaders' loop", vllm_engine, "collective_rpc"),
             ("prefix cache reset", vllm_engine, "reset_prefix_cache"),
             ("load in all", thread._engine, "load_weights"),
+            ("check of finite weights", client._trainer, "check_finite"),
+            ("in all", client, "save_weights_and_get_sampling_client"),
         ):
             stack.enter_context(patch.object(owner, method, stopwatch.wrap(name, getattr(owner, method))))
         stack.enter_context(patch.object(Copies, "__call__", stopwatch.wrap("fused copy", Copies.__call__)))
         if ON_GPU:
             synchronize = stopwatch.wrap("waiting for the stream", torch.cuda.Stream.synchronize)
             stack.enter_context(patch.object(torch.cuda.Stream, "synchronize", synchronize))
-        stack.enter_context(patch.object(thread, "sync", stopwatch.wrap("in all", thread.sync)))
         for step in range(SYNCS):
             train_step(client, step, LEARNING_RATE)
             stopwatch.take()

@@ -7,7 +7,7 @@ All engines that the variants need start at once, each in a process of its own (
 with a KV cache of given size, so that they fit on one card together; once all are warm, the
 variants are measured one after another, in the order given, and printed at once. An engine that
 does not start is recorded with the last line it wrote, and one that is still starting when
-START_SHARE of the limit is over is ended.
+START_SHARE of the limit is over, or takes ROUND_SECONDS for a round, is ended.
 
 Memory, estimated: 11 GiB for each of `raw`, `ours`, `llm`, `ours-v2`, 7 for each process of
 `processes-2` and `-4`, which share theirs.
@@ -32,6 +32,7 @@ from benchmarks.gpu.checks import Record
 from benchmarks.gpu.sampling_engine import ON_GPU, ROWS
 
 START_SHARE = 0.6
+ROUND_SECONDS = 60.0  # that a round may take, of 9 to 30: an engine that hangs then ends, and the others are measured
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,7 @@ def measure(variant: Variant, engines: list[EngineProcess], deadline: float) -> 
     """One round: all tokens over the time from the first start to the last end."""
     for engine in engines:
         engine.send({"mode": variant.mode, "rows": ROWS // variant.processes})
+    deadline = min(deadline, time.monotonic() + ROUND_SECONDS)
     answers = [engine.answer(deadline) for engine in engines]
     seconds = max(answer.pop("to") for answer in answers) - min(answer.pop("from") for answer in answers)
     found = {"tokens/s": round(sum(answer.pop("tokens") for answer in answers) / seconds), "s": round(seconds, 2)}

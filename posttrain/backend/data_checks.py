@@ -240,14 +240,15 @@ def check_loaded(
         raise error(f"{name} has weights that are NaN or infinite ({len(bad)} tensors, such as {bad[0]})")
 
 
-def check_finite(named: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """NonFiniteError if a weight of `named`, or its optimizer state, is NaN or infinite; one pass. Of
+def check_finite(named: Mapping[str, torch.Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
+    """NonFiniteError if a weight of `named`, or its state in `optimizer`, is NaN or infinite; one pass. Of
     sharded tensors, this rank's part."""
     tensors = dict(named)
+    states = optimizer.state if optimizer else {}
     for name, parameter in named.items():
         tensors |= {
             f"{key} of {name}": state
-            for key, state in optimizer.state.get(parameter, {}).items()
+            for key, state in states.get(parameter, {}).items()
             if state.ndim and state.is_floating_point()
         }
     if bad := not_finite(tensors):

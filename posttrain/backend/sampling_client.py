@@ -201,9 +201,10 @@ def check_prompt_fits(prompt_tokens: int, max_length: int) -> None:
 def _tokens(prompt: ModelInput) -> list[int]:
     if not isinstance(prompt, ModelInput):
         raise DataError(f"the prompt is {prompt!r:.100}, not a ModelInput: ModelInput.from_ints(tokens) makes one")
-    tokens = prompt.to_ints()
-    if wrong := [token for token in tokens if not isinstance(token, int | np.integer)]:
-        raise DataError(f"the prompt has the token {wrong[0]!r:.100}: tokens are whole numbers")
+    tokens, whole = prompt.to_ints(), int | np.integer
+    if not all(issubclass(kind, whole) for kind in {*map(type, tokens)}):  # of each token, it would take half of a call
+        wrong = next(token for token in tokens if not isinstance(token, whole))
+        raise DataError(f"the prompt has the token {wrong!r:.100}: tokens are whole numbers")
     return tokens
 
 

@@ -232,9 +232,9 @@ class ShardedTrainer(Trainer):
 
     # --- checkpoints -----------------------------------------------------------------------------
 
-    def check_finite(self) -> None:
+    def check_finite(self, moments: bool = True) -> None:
         with self.processes.same_outcome():
-            super().check_finite()
+            super().check_finite(moments)
 
     def save_state(self, tokenizer: PreTrainedTokenizerBase, path: Path, extra: dict[str, Any]) -> None:
         with self.processes.same_outcome():

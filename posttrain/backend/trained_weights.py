@@ -73,7 +73,8 @@ class TrainedWeights:
 
 
 def _add_up(gradients: dict[str, torch.Tensor], name: str, p: torch.Tensor) -> None:
-    assert p.grad is not None
+    if p.grad is None:  # of a micro-batch whose tokens are all clipped none arrives
+        return
     before = gradients.get(name)
     gradients[name] = p.grad.float() if before is None else before.add_(p.grad)
     p.grad = None

@@ -426,9 +426,13 @@ class Trainer:
     # --- checkpoints -----------------------------------------------------------------------------
 
     @computing()
-    def check_finite(self) -> None:
-        """NonFiniteError if a weight, or its optimizer state, is NaN or infinite."""
-        check_finite(self.trained.stepped, self.trained.optimizer)
+    def check_finite(self, moments: bool = True) -> None:
+        """NonFiniteError if a weight, or its optimizer state, is NaN or infinite. Without `moments`: a weight
+        as passes read it."""
+        if moments:
+            check_finite(self.trained.stepped, self.trained.optimizer)
+        else:
+            check_finite(self.trained.named)
 
     @computing()
     def save_state(self, tokenizer: PreTrainedTokenizerBase, path: Path, extra: dict[str, Any]) -> None:

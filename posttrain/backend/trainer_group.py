@@ -23,6 +23,8 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.custom_loss import CustomLoss, run_in_two_passes
 from posttrain.backend.errors import ConfigError, SnapshotMemoryError, TrainerLostError
 from posttrain.backend.futures import SAY_AFTER_SECONDS
+from posttrain.backend.loss_terms import LossTerm
+from posttrain.backend.losses import LossFn
 from posttrain.backend.spans import Spans
 from posttrain.backend.trainer_rank import Position, TrainerRank
 from posttrain.backend.types import (
@@ -225,7 +227,7 @@ def _stood(before: Position | None, now: Position | None) -> float | None:
 
 
 class TrainerGroup:
-    """A model trained in several processes. Methods and their arguments are those of Trainer."""
+    """A model trained in several processes. Methods are those of Trainer."""
 
     def __init__(
         self, ranks: TrainerRanks, number: int, kind: str, model_name: str, seed: int, lora: LoraConfig | None
@@ -243,14 +245,29 @@ class TrainerGroup:
         self._call: Callable[..., Any] = partial(ranks.call, number)
         self.sampled = _GroupWeights(ranks, number, self.compute_dtype, self.info())
 
-    def run(self, *args: Any) -> ForwardBackwardOutput:
-        return self._call("run", *args)
+    def run(
+        self,
+        data_D: Sequence[Datum],
+        loss_fn: str | LossFn,
+        loss_fn_config: dict[str, Any] | None = None,
+        backward: bool = True,
+        all_logprobs: bool = True,
+    ) -> ForwardBackwardOutput:
+        return self._call("run", data_D, loss_fn, loss_fn_config, backward, all_logprobs)
 
-    def run_without_adapter(self, *args: Any) -> ForwardBackwardOutput:
-        return self._call("run_without_adapter", *args)
+    def run_without_adapter(
+        self,
+        data_D: Sequence[Datum],
+        loss_fn: str | LossFn,
+        loss_fn_config: dict[str, Any] | None = None,
+        all_logprobs: bool = True,
+    ) -> ForwardBackwardOutput:
+        return self._call("run_without_adapter", data_D, loss_fn, loss_fn_config, all_logprobs)
 
-    def run_terms(self, *args: Any, **kwargs: Any) -> list[ForwardBackwardOutput]:
-        return self._call("run_terms", *args, **kwargs)
+    def run_terms(
+        self, terms: Sequence[LossTerm], backward: bool = True, keep: bool = False
+    ) -> list[ForwardBackwardOutput]:
+        return self._call("run_terms", terms, backward, keep)
 
     def run_custom(self, data_D: Sequence[Datum], fn: CustomLoss) -> ForwardBackwardOutput:
         """`fn` runs in this process."""
@@ -265,8 +282,8 @@ class TrainerGroup:
     def info(self) -> GetInfoResponse:
         return self._call("info")
 
-    def check_finite(self) -> None:
-        self._call("check_finite")
+    def check_finite(self, moments: bool = True) -> None:
+        self._call("check_finite", moments)
 
     def checkpoint_bytes(self) -> int:
         return self._call("checkpoint_bytes")
