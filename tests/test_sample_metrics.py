@@ -1,6 +1,7 @@
 """pass@k, maj@k and best@k against the definition: every k-subset written out."""
 
 import asyncio
+import math
 from itertools import combinations
 
 import numpy as np
@@ -12,7 +13,7 @@ from envs.problem import Problem
 from posttrain.backend.errors import ConfigError
 from posttrain.renderers import get_renderer
 from rl.evaluators import SamplesEvaluator, answer, sample_metrics, sample_values
-from rl.sample_metrics import best_at_k, maj_at_k, majority, mean_and_stderr, pass_at_k, ratio_values
+from rl.sample_metrics import best_at_k, maj_at_k, majority, mean_and_stderr, pass_at_k, ratio_values, t_975
 from rl.types import ModelInput, RolloutError, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 
 
@@ -113,6 +114,16 @@ def test_samples_vote_by_equal_answers_and_not_by_texts():
     assert [answer(turn) for turn in turns] == ["3", "1/2", "3", "1/2", "1/2"]
     assert turns[3].transitions[0].logs["extracted"] == "0.5", "the transcript has it as it was written"
     assert sample_values([TrajectoryGroup(turns, [0.0] * 5, [{}] * 5)], [5])["maj@5"] == [1.0]
+
+
+def test_intervals_have_95_percent_of_students_density():
+    """Integrated by the midpoint rule."""
+    for count in range(2, 32):
+        n, x = count - 1, (np.arange(10_000) + 0.5) / 10_000 * t_975(count)
+        peak = math.gamma((n + 1) / 2) / math.gamma(n / 2) / math.sqrt(n * math.pi)
+        density = peak * (1 + x**2 / n) ** (-(n + 1) / 2)
+        assert 2 * t_975(count) * density.mean() == pytest.approx(0.95, abs=1e-4)
+    assert t_975(32) == t_975(10_000) == 1.96
 
 
 def test_a_ratio_of_sums_is_linearised_by_hand():
