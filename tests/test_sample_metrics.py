@@ -56,7 +56,8 @@ def test_ties_go_to_the_earliest_and_no_answer_does_not_vote():
     assert majority(["5", "4", "4", "5"]) == 0
     assert majority([None, None, "4", "5"]) == 2
     assert majority([None, None]) is None
-    assert maj_at_k([None, None], [False, False], 2) == 0
+    for right in (False, True):
+        assert maj_at_k([None, None], [right, right], 2) == 0
 
 
 def test_many_subsets_are_estimated_and_always_alike():
@@ -64,13 +65,19 @@ def test_many_subsets_are_estimated_and_always_alike():
     right = [answer == "4" for answer in answers]
     estimate = maj_at_k(answers, right, 11)
     assert estimate == maj_at_k(answers, right, 11) == pytest.approx(0.5, abs=0.04)
-    assert maj_at_k(answers[:10], right[:10], 5, max_subsets=100) == 1.0
+    # each subset has different samples, in order: half of these are ties
+    few = answers[6:18], right[6:18], 10
+    assert maj_at_k(*few, max_subsets=60) == pytest.approx(maj_at_k(*few), abs=0.1)
 
 
 def test_k_out_of_range_is_refused():
     for k in (0, 5):
-        with pytest.raises(ConfigError, match="of 4 samples"):
-            pass_at_k(2, 4, k)
+        for estimate in (lambda k: pass_at_k(2, 4, k), lambda k: best_at_k([1.0] * 4, k),
+                         lambda k: maj_at_k(["5"] * 4, [True] * 4, k)):  # fmt: skip
+            with pytest.raises(ConfigError, match="of 4 samples"):
+                estimate(k)
+    with pytest.raises(ValueError, match="2 answers and 1 grades"):
+        maj_at_k(["5", "6"], [True], 1)
     assert mean_and_stderr([0.0, 1.0]) == pytest.approx((0.5, 0.5))
     assert mean_and_stderr([1.0]) == (1.0, 0.0)
 
