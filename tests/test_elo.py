@@ -120,12 +120,21 @@ def test_simulated_games_give_back_the_ratings_within_their_errors() -> None:
     assert (with_draws.std(0)[1:] < 0.9 * errors.mean(0)[1:]).all()
 
 
+def test_prior_draws_are_those_of_pairs_that_met() -> None:
+    points_NN = np.array([[0, 0, 0], [1.0, 0, 3.0], [0, 2.0, 0]])  # a and b have one game, a and c none
+    drawn_NN = points_NN + np.array([[0, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0]])
+    given, by_hand = elo_ratings(points_NN, list("abc")), elo_ratings(drawn_NN, list("abc"), prior_draws=0)
+    assert given.elo_N.tolist() == by_hand.elo_N.tolist() and given.elo_N[0] == 0
+    assert given.elo_N[1] == pytest.approx(400 * np.log10(1.5 / 0.5))
+
+
 def test_ratings_that_do_not_exist_say_whose() -> None:
     for points_NN, says in [
         ([[0, 5, 0], [5, 0, 0], [0, 0, 0]], "no chain of games connects c"),
         ([[0, 5, 1], [5, 0, 1], [0, 0, 0]], "c lost every game.*prior_draws"),
         ([[0, 5, 0], [5, 0, 0], [1, 1, 0]], "c won every game.*prior_draws"),
         ([[0, -1, 0], [5, 0, 0], [1, 1, 0]], "not negative"),
+        ([[0, np.nan, 0], [5, 0, 0], [1, 1, 0]], "must be finite"),
     ]:
         with pytest.raises(DataError, match=says):
             elo_ratings(np.array(points_NN, float), list("abc"), prior_draws=0)

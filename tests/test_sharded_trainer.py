@@ -18,6 +18,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import multiprocessing
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.fsdp import FSDPModule
 
 from posttrain.backend import ranks
 from posttrain.backend.batching import micro_batches
@@ -243,6 +244,10 @@ def compute_in_bf16(processes: ranks.Processes, folder: Path) -> None:
     found: dict[str, Any] = {"dtypes": set()}
     for case in BF16:
         trainer = open_trainer(case, processes, config=HALF)
+        if case == "ppo":
+            assert isinstance(trainer, ShardedTrainer)
+            found["units"] = sum(isinstance(module, FSDPModule) for module in trainer._root.modules())
+            found["layers"] = len(list(trainer._layers()))
         for layer in trainer.base.modules() if case == "ppo" else ():
             if isinstance(layer, torch.nn.Linear):
                 layer.register_forward_hook(lambda layer, *_: found["dtypes"].add(layer.weight.dtype))
@@ -405,6 +410,7 @@ def test_published_weights_are_those_of_the_trainer(folder: Path) -> None:
 def test_passes_in_bf16(folder: Path) -> None:
     found = torch.load(folder / "bf16.pt", weights_only=False)
     assert found["as sent"] and found["dtypes"] == {torch.bfloat16}
+    assert found["units"] == found["layers"] + 1  # each, and what is outside them
     for case in BF16:
         norm, outputs = step_in_bf16(case, open_trainer(case, config=HALF))
         assert found[case][0] == pytest.approx(norm, rel=1e-2), case
