@@ -197,16 +197,15 @@ def test_a_step_asks_each_of_its_groups_once_for_its_end() -> None:
         groups = {p: Counted() for p in range(40)}
         source._groups[0] = {**groups}
 
-        async def finish() -> None:
-            for p in np.random.default_rng(0).permutation(40).tolist():
+        order, parts = np.random.default_rng(0).permutation(40).reshape(4, 10), source.minibatches(0)
+        for finished in order.tolist():  # a part is there once its last group is, and not before
+            part = asyncio.create_task(anext(parts))
+            for p in finished:
                 await asyncio.sleep(0.001)
+                assert not part.done()
                 groups[p].set_result(TrajectoryGroup([], [], [], tags=[str(p)]))
-
-        finishing = asyncio.create_task(finish())
-        parts = [[int(group.tags[0]) for group in part] async for part in source.minibatches(0)]
-        await finishing
-        assert [len(part) for part in parts] == [10] * 4 and all(part == sorted(part) for part in parts)
-        assert sorted(sum(parts, [])) == [*range(40)] and not source._groups
+            assert [int(group.tags[0]) for group in await part] == sorted(finished)
+        assert await anext(parts, None) is None and not source._groups
 
     asyncio.run(body())
     assert len(asked) == 40
