@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 from dataclasses import replace
+from itertools import permutations
 from types import SimpleNamespace
 
 import chz
@@ -209,6 +210,7 @@ def test_selection_by_hand():
     # not so many: all
     assert sum(map(len, select(everything, ["q", "p"], 0, target_size=99).values())) == 5
     assert [shortfall(chosen.values(), wanted) for wanted in (2, 3, 10)] == [0, 0, 7]
+    assert shortfall([chosen["q"], chosen["q"][:1]], 5) == 1
 
 
 def test_cut_off_and_unreadable_candidates_are_not_selected():
@@ -218,6 +220,12 @@ def test_cut_off_and_unreadable_candidates_are_not_selected():
         select([candidate("q", 0, "a", None)], ["q"], 0, target_size=1)
     with pytest.raises(DataError, match="is of an unknown query"):
         select([candidate("q", 0, "a", 1.0)], ["p"], 0, target_size=1)
+
+
+def test_of_equal_texts_the_best_reward_counts_and_then_the_first_sample():
+    for order in permutations([candidate("q", n, "a", reward) for n, reward in enumerate((0.5, 0.9, 0.9))]):
+        assert select(order, ["q"], 0, 1) == {"q": [Selected("q", 1, 0.9, True, "a")]}
+        assert select(order, ["q"], 0, 1, human={"q": "a"}) == {"q": [Selected("q", None, 1.0, True, "a")]}
 
 
 def test_human_solutions_compete_and_are_not_counted():
@@ -254,23 +262,35 @@ def _orders():
 def test_what_is_watched_by_hand():
     p = [
         candidate("p", n, text, reward)
-        for n, (text, reward) in enumerate([("a\n#1", 1.4), ("a\n#1", 1.4), ("b\n#1", 0.9), ("c\n#1", 1.1)])
+        for n, (text, reward) in enumerate([("a\n#1", 1.5), ("a\n#1", 1.5), ("b\n#1", 0.875), ("c\n#1", 1.125)])
     ]
-    q = [candidate("q", 0, "a\n#1", 0.9), *(candidate("q", n, f"{n}\n#2", 0.1, correct=False) for n in (1, 2, 3))]
+    q = [candidate("q", 0, "a\n#1", 0.875), *(candidate("q", n, f"{n}\n#2", 0.125, correct=False) for n in (1, 2, 3))]
     q[3] = replace(q[3], stop="length", answer=None)
     found = metrics.sample_metrics([*q, *p], ["p", "q"], FORM)
     assert found["pass@1"] == pytest.approx((1 + 1 / 4) / 2)
     assert found["pass@2"] == pytest.approx((1 + 1 / 2) / 2) and found["pass@4"] == 1.0
     assert found["pass@4-2"] == 0.5 and found["distinct_right"] == 2.0
-    assert found["reward@4-1"] == 0.5  # the model's part: q's best is a wrong one, 0.1 against -0.1
-    last = replace(p[2], correct=False, reward=-0.1)  # the one of p's that the model likes least: not in its first two
-    assert metrics.sample_metrics([*q, *p[:2], last, p[3]], ["p", "q"], FORM)["reward@4-2"] == 0.5
+    assert found["reward@4-1"] == 0.5  # the model's part: q's best is a wrong one, 0.125 against -0.125
+    last = replace(
+        p[2], correct=False, reward=-0.125
+    )  # the one of p's that the model likes least: not in its first two
+    fewer = metrics.sample_metrics([*q[:2], replace(q[2], answer=None), q[3], *p[:2], last, p[3]], ["p", "q"], FORM)
+    assert fewer["reward@4-2"] == fewer["pass@4-2"] == 0.5 and fewer["distinct_right"] == 1.5
+    assert fewer["auc"] == 11 / 16  # -1/8, 1/2, 1/2, 1/8 against 1/8, 1/8, 1/8, -1/8
+    assert fewer["unparsable"] == fewer["truncated"] == 1 / 8
+    assert {name for name in fewer if "@" in name} == {
+        *("pass@1", "pass@2", "pass@4", "pass@4-2", "reward@4-1", "reward@4-2")
+    }
     assert found["diversity"] == pytest.approx((4 / 8 + 6 / 8) / 2)
     assert found["truncated"] == 1 / 8 and found["unparsable"] == 0.0
-    plain = [replace(one, reward=float(one.correct)) for one in [*p, *q]]
-    assert not any(name.startswith("reward@") for name in metrics.sample_metrics(plain, ["p", "q"], FORM))
+    assert metrics.diversity([], FORM) == 0
+    for reward_of in (lambda one: float(one.correct), lambda one: None):
+        plain = [replace(one, reward=reward_of(one)) for one in [*p, *q]]
+        assert not any(name.startswith("reward@") for name in metrics.sample_metrics(plain, ["p", "q"], FORM))
     with pytest.raises(DataError, match="3 to 4 samples"):
         metrics.sample_metrics([*p, *q[:3]], ["p", "q"], FORM)
+    with pytest.raises(DataError, match="of an unknown query"):
+        metrics.sample_metrics([*p, *q], ["p"], FORM)
 
 
 def test_scores_are_read_with_their_candidates_or_refused(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from envs import elo
-from envs.elo import Config, EloEvaluator, Tournament, draw, main, play_game, play_pairs, points, rate
+from envs.elo import Config, EloEvaluator, Tournament, draw, main, play_game, play_pairs, points, rate, to_json
 from envs.opponents import FrozenPlayer, MinimaxPlayer, RandomPlayer
 from envs.textarena import TextArenaBuilder
 from envs.textarena_game import Game
@@ -120,12 +120,21 @@ def test_simulated_games_give_back_the_ratings_within_their_errors() -> None:
     assert (with_draws.std(0)[1:] < 0.9 * errors.mean(0)[1:]).all()
 
 
+def test_prior_draws_are_those_of_pairs_that_met() -> None:
+    points_NN = np.array([[0, 0, 0], [1.0, 0, 3.0], [0, 2.0, 0]])  # a and b have one game, a and c none
+    drawn_NN = points_NN + np.array([[0, 0.5, 0], [0.5, 0, 0.5], [0, 0.5, 0]])
+    given, by_hand = elo_ratings(points_NN, list("abc")), elo_ratings(drawn_NN, list("abc"), prior_draws=0)
+    assert given.elo_N.tolist() == by_hand.elo_N.tolist() and given.elo_N[0] == 0
+    assert given.elo_N[1] == pytest.approx(400 * np.log10(1.5 / 0.5))
+
+
 def test_ratings_that_do_not_exist_say_whose() -> None:
     for points_NN, says in [
         ([[0, 5, 0], [5, 0, 0], [0, 0, 0]], "no chain of games connects c"),
         ([[0, 5, 1], [5, 0, 1], [0, 0, 0]], "c lost every game.*prior_draws"),
         ([[0, 5, 0], [5, 0, 0], [1, 1, 0]], "c won every game.*prior_draws"),
         ([[0, -1, 0], [5, 0, 0], [1, 1, 0]], "not negative"),
+        ([[0, np.nan, 0], [5, 0, 0], [1, 1, 0]], "must be finite"),
     ]:
         with pytest.raises(DataError, match=says):
             elo_ratings(np.array(points_NN, float), list("abc"), prior_draws=0)
@@ -168,6 +177,23 @@ def test_more_than_two_seats_are_scored_by_the_share_that_was_beaten() -> None:
     assert pair.games == 12 and pair.lost == 0 and pair.points < 6
     ratings = rate(config, list(players), pairs)
     assert ratings.elo_N[1] == 0 and ratings.elo_N[0] < -50
+
+
+def test_points_moves_and_illegal_ones_are_counted_for_each_player() -> None:
+    async def quits(game: Game, rng: np.random.Generator) -> str:
+        return "none"  # illegal: the game is lost
+
+    config, names = Config(env=GAME, num_games=6, anchor="quits"), ["quits", "random"]
+    players = {"quits": quits, "random": RandomPlayer().open(GAME.open_game(0))}
+    for pair_of, order in ((("quits", "random"), 1), (("random", "quits"), -1)):
+        pairs = asyncio.run(play_pairs(config, players, [pair_of]))
+        pair = pairs[pair_of]
+        assert (pair.games, pair.lost, pair.points) == (6, 0, 0 if order == 1 else 6)
+        assert pair.moves == (6, 3)[::order] and pair.illegal == (6, 0)[::order]
+        ratings = rate(config, names, pairs)
+        assert ratings.elo_N == pytest.approx([0, 400 * np.log10(6.5 / 0.5)])
+        found = [(p["points"], p["games"], p["illegal"]) for p in to_json(config, names, pairs, ratings, 0)["players"]]
+        assert found == [(0, 6, 1), (6, 6, 0)]
 
 
 def test_a_player_that_fails_costs_its_games_and_no_points() -> None:
@@ -267,7 +293,8 @@ def test_the_evaluator() -> None:
 
     first, again = asyncio.run(rated())
     assert first == again and first["elo/rating"] < 0 < first["elo/rating_stderr"]
-    assert first.keys() >= {"elo/score_random", "elo/score_minimax", "elo/illegal", "elo/games_lost"}
+    assert first["elo/score_random"] <= 0.25 and first["elo/score_minimax"] == first["elo/games_lost"] == 0
+    assert 0.5 < first["elo/illegal"] <= 1  # of the policy's moves
     with pytest.raises(ConfigError, match="there are policy, random, minimax"):
         asyncio.run(chz.replace(named, anchor="nobody")(get_renderer("plain", client.get_tokenizer())))
     with pytest.raises(ConfigError, match="no opponents"):

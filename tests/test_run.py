@@ -32,6 +32,9 @@ def test_learning_rates_by_hand() -> None:
         0.3 * (1 - 1 / 3),
         0.3 * (1 - 2 / 3),
     ]
+    # after the last step, and where the warm-up is the whole run
+    assert [learning_rate_at(step, 1.0, "linear", 8, floor=0.2) for step in (8, 12)] == pytest.approx([0.2, 0.2])
+    assert [learning_rate_at(step, 1.0, "cosine", 2, warmup_steps=2) for step in range(4)] == [0.5, 1.0, 1.0, 0.0]
     adam = TrainingConfig(
         learning_rate=0.5, warmup_steps=2, beta1=0.8, beta2=0.9, weight_decay=0.1, grad_clip_norm=2.0
     ).adam(0, 10)

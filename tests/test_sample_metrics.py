@@ -1,6 +1,7 @@
 """pass@k, maj@k and best@k against the definition: every k-subset written out."""
 
 import asyncio
+import math
 from itertools import combinations
 
 import numpy as np
@@ -12,7 +13,7 @@ from envs.problem import Problem
 from posttrain.backend.errors import ConfigError
 from posttrain.renderers import get_renderer
 from rl.evaluators import SamplesEvaluator, answer, sample_metrics, sample_values
-from rl.sample_metrics import best_at_k, maj_at_k, majority, mean_and_stderr, pass_at_k, ratio_values
+from rl.sample_metrics import best_at_k, maj_at_k, majority, mean_and_stderr, pass_at_k, ratio_values, t_975
 from rl.types import ModelInput, RolloutError, TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 
 
@@ -55,7 +56,8 @@ def test_ties_go_to_the_earliest_and_no_answer_does_not_vote():
     assert majority(["5", "4", "4", "5"]) == 0
     assert majority([None, None, "4", "5"]) == 2
     assert majority([None, None]) is None
-    assert maj_at_k([None, None], [False, False], 2) == 0
+    for right in (False, True):
+        assert maj_at_k([None, None], [right, right], 2) == 0
 
 
 def test_many_subsets_are_estimated_and_always_alike():
@@ -63,13 +65,19 @@ def test_many_subsets_are_estimated_and_always_alike():
     right = [answer == "4" for answer in answers]
     estimate = maj_at_k(answers, right, 11)
     assert estimate == maj_at_k(answers, right, 11) == pytest.approx(0.5, abs=0.04)
-    assert maj_at_k(answers[:10], right[:10], 5, max_subsets=100) == 1.0
+    # each subset has different samples, in order: half of these are ties
+    few = answers[6:18], right[6:18], 10
+    assert maj_at_k(*few, max_subsets=60) == pytest.approx(maj_at_k(*few), abs=0.1)
 
 
 def test_k_out_of_range_is_refused():
     for k in (0, 5):
-        with pytest.raises(ConfigError, match="of 4 samples"):
-            pass_at_k(2, 4, k)
+        for estimate in (lambda k: pass_at_k(2, 4, k), lambda k: best_at_k([1.0] * 4, k),
+                         lambda k: maj_at_k(["5"] * 4, [True] * 4, k)):  # fmt: skip
+            with pytest.raises(ConfigError, match="of 4 samples"):
+                estimate(k)
+    with pytest.raises(ValueError, match="2 answers and 1 grades"):
+        maj_at_k(["5", "6"], [True], 1)
     assert mean_and_stderr([0.0, 1.0]) == pytest.approx((0.5, 0.5))
     assert mean_and_stderr([1.0]) == (1.0, 0.0)
 
@@ -113,6 +121,16 @@ def test_samples_vote_by_equal_answers_and_not_by_texts():
     assert [answer(turn) for turn in turns] == ["3", "1/2", "3", "1/2", "1/2"]
     assert turns[3].transitions[0].logs["extracted"] == "0.5", "the transcript has it as it was written"
     assert sample_values([TrajectoryGroup(turns, [0.0] * 5, [{}] * 5)], [5])["maj@5"] == [1.0]
+
+
+def test_intervals_have_95_percent_of_students_density():
+    """Integrated by the midpoint rule."""
+    for count in range(2, 32):
+        n, x = count - 1, (np.arange(10_000) + 0.5) / 10_000 * t_975(count)
+        peak = math.gamma((n + 1) / 2) / math.gamma(n / 2) / math.sqrt(n * math.pi)
+        density = peak * (1 + x**2 / n) ** (-(n + 1) / 2)
+        assert 2 * t_975(count) * density.mean() == pytest.approx(0.95, abs=1e-4)
+    assert t_975(32) == t_975(10_000) == 1.96
 
 
 def test_a_ratio_of_sums_is_linearised_by_hand():

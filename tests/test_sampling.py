@@ -247,9 +247,9 @@ def test_other_tokens_of_a_prompt_are_scored_and_drawn_alike(engines) -> None:  
         best_T, p_T = tempered_TV.argmax(-1), np.exp(tempered_TV.max(-1))
         share_T = (alt.tokens.array == best_T[:, None]).mean(-1)
         assert (np.abs(share_T - p_T) <= 4 * np.sqrt(p_T * (1 - p_T) / k) + 1 / k).all()
-    for wrong in (TensorData([[1.0]] * 11), TensorData([[1]] * 12), TensorData([[260]] * 11), TensorData([[-2]] * 11)):
+    for wrong in ([[1.0]] * 11, [[1]] * 12, [1] * 11, [[260]] + [[1]] * 10, [[-2]] + [[1]] * 10):
         with pytest.raises(DataError, match="target_prompt_logprobs"):
-            engines[2].sample(prompt, 1, params, target_prompt_logprobs=wrong)
+            engines[2].sample(prompt, 1, params, target_prompt_logprobs=TensorData(wrong))
     with pytest.raises(RangeError, match="prompt_alt_tokens_k"):
         engines[2].sample(prompt, 1, params, prompt_alt_tokens_k=2**22)
 

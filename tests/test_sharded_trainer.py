@@ -18,8 +18,10 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import multiprocessing
 from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
+from torch.distributed.fsdp import FSDPModule
 
 from posttrain.backend import ranks
+from posttrain.backend.batching import micro_batches
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import NonFiniteError
 from posttrain.backend.loss_terms import LossTerm
@@ -201,10 +203,19 @@ def compute_gradients(processes: ranks.Processes, folder: Path) -> None:
         found[f"steps, {sharding}"] = processes.gathered(outcome(lambda t=trainer: t.optim_step(AdamParams(1e-3))))
         after = dict(trainer.sampled.sampler_weights())
         found[f"unchanged, {sharding}"] = all(torch.equal(before[name], after[name]) for name in before)
-        trainer.run(policy_data(5), "importance_sampling")
-        found[f"step, {sharding}"] = trainer.optim_step(AdamParams(1e-3, grad_clip_norm=0.1)).metrics
+        found[f"step, {sharding}"] = two_steps(trainer)
     if processes.is_first:
         torch.save(found, folder / f"found{processes.count}.pt")
+
+
+def two_steps(trainer: Trainer) -> tuple[list[float], torch.Tensor]:
+    """Norms of two gradients, of which the second is clipped, and all weights after it. Adam would not notice how
+    long one gradient is, but how long it is beside the other."""
+    trainer.run(policy_data(5), "importance_sampling")
+    first = trainer.optim_step(AdamParams(1e-3, grad_clip_norm=1e6)).metrics["grad_norm"]
+    trainer.run(policy_data(5, seed=1), "importance_sampling")
+    second = trainer.optim_step(AdamParams(1e-3, grad_clip_norm=first / 3)).metrics["grad_norm"]
+    return [first, second], torch.cat([tensor.flatten() for _, tensor in sorted(trainer.sampler_weights())])
 
 
 def publish_weights(processes: ranks.Processes, folder: Path) -> None:
@@ -230,9 +241,16 @@ def publish_weights(processes: ranks.Processes, folder: Path) -> None:
 
 def compute_in_bf16(processes: ranks.Processes, folder: Path) -> None:
     """The norm of a step, outputs after it, and of an adapter whether a pass reads the sampler's weights."""
-    found: dict[str, Any] = {}
+    found: dict[str, Any] = {"dtypes": set()}
     for case in BF16:
         trainer = open_trainer(case, processes, config=HALF)
+        if case == "ppo":
+            assert isinstance(trainer, ShardedTrainer)
+            found["units"] = sum(isinstance(module, FSDPModule) for module in trainer._root.modules())
+            found["layers"] = len(list(trainer._layers()))
+        for layer in trainer.base.modules() if case == "ppo" else ():
+            if isinstance(layer, torch.nn.Linear):
+                layer.register_forward_hook(lambda layer, *_: found["dtypes"].add(layer.weight.dtype))
         found[case] = step_in_bf16(case, trainer)
     read = {}
     for name, layer in trainer.base.named_modules():
@@ -332,6 +350,21 @@ def several(request: pytest.FixtureRequest, folder: Path) -> dict[str, Any]:
     return torch.load(folder / f"found{request.param}.pt", weights_only=False)
 
 
+def test_every_row_is_of_one_rank_and_ranks_have_as_much_to_do() -> None:
+    data = policy_data(23, seed=9)
+    lengths_D = [datum.model_input.length for datum in data]
+    cut = partial(micro_batches, data, range(len(data)), 60, torch.device("cpu"), share=False)
+    for count in (1, 2, 3, 30):
+        batches_R = [[*cut(rank=rank, ranks=count)] for rank in range(count)]
+        assert len({len(batches) for batches in batches_R}) == 1
+        parts_R = [[part for batch in batches for part in (batch.loss, batch.others)] for batches in batches_R]
+        assert all(len(part.rows_M) == len(part.targets_MK) == len(part.datum_N) for parts in parts_R for part in parts)
+        found_R = [[x for p in parts for x in zip(p.datum_N, p.position_N, strict=True)] for parts in parts_R]
+        assert sorted(sum(found_R, [])) == [(d, t) for d, length in enumerate(lengths_D) for t in range(length)]
+        tokens_R = [len(found) for found in found_R]
+        assert max(tokens_R) - min(tokens_R) <= max(lengths_D)
+
+
 @pytest.mark.slow
 def test_gradients_are_those_of_one_process(several: dict[str, Any]) -> None:
     for case, (*_, passes) in CASES.items():
@@ -361,8 +394,10 @@ def test_ranks_fail_together_and_change_nothing(several: dict[str, Any], shardin
     assert all(text == steps[0] and text.startswith(NonFiniteError.__name__) for text in steps)
     assert several[f"unchanged, {sharding}"]
     alone = open_trainer("ppo")
-    alone.run(policy_data(5), "importance_sampling")
-    assert several[f"step, {sharding}"] == pytest.approx(alone.optim_step(AdamParams(1e-3)).metrics, rel=rounded(1e-5))
+    before = torch.cat([tensor.flatten() for _, tensor in sorted(alone.sampler_weights())])
+    (norms, after), (expected, alike) = several[f"step, {sharding}"], two_steps(alone)
+    assert norms == pytest.approx(expected, rel=rounded(1e-5)) and norms[1] > norms[0] / 2
+    assert (after - alike).norm() < rounded(1e-2) * (alike - before).norm()
 
 
 @pytest.mark.slow
@@ -374,7 +409,8 @@ def test_published_weights_are_those_of_the_trainer(folder: Path) -> None:
 @pytest.mark.slow
 def test_passes_in_bf16(folder: Path) -> None:
     found = torch.load(folder / "bf16.pt", weights_only=False)
-    assert found["as sent"]
+    assert found["as sent"] and found["dtypes"] == {torch.bfloat16}
+    assert found["units"] == found["layers"] + 1  # each, and what is outside them
     for case in BF16:
         norm, outputs = step_in_bf16(case, open_trainer(case, config=HALF))
         assert found[case][0] == pytest.approx(norm, rel=1e-2), case

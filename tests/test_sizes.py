@@ -15,9 +15,10 @@ from posttrain.backend.batching import micro_batches
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import DataError
 from posttrain.backend.logprobs import target_logprobs
+from posttrain.backend.ranges import RangeError
 from posttrain.backend.spans import Span
 from posttrain.backend.trainer import Trainer
-from posttrain.backend.types import Datum, LoraConfig, ModelInput
+from posttrain.backend.types import Datum, LoraConfig, ModelInput, TensorData
 from posttrain.tracking import plots, progress, transcripts
 from posttrain.tracking.progress import counted
 from posttrain.tracking.run_folder import RunFolder
@@ -196,16 +197,15 @@ def test_a_step_asks_each_of_its_groups_once_for_its_end() -> None:
         groups = {p: Counted() for p in range(40)}
         source._groups[0] = {**groups}
 
-        async def finish() -> None:
-            for p in np.random.default_rng(0).permutation(40).tolist():
+        order, parts = np.random.default_rng(0).permutation(40).reshape(4, 10), source.minibatches(0)
+        for finished in order.tolist():  # a part is there once its last group is, and not before
+            part = asyncio.create_task(anext(parts))
+            for p in finished:
                 await asyncio.sleep(0.001)
+                assert not part.done()
                 groups[p].set_result(TrajectoryGroup([], [], [], tags=[str(p)]))
-
-        finishing = asyncio.create_task(finish())
-        parts = [[int(group.tags[0]) for group in part] async for part in source.minibatches(0)]
-        await finishing
-        assert [len(part) for part in parts] == [10] * 4 and all(part == sorted(part) for part in parts)
-        assert sorted(sum(parts, [])) == [*range(40)] and not source._groups
+            assert [int(group.tags[0]) for group in await part] == sorted(finished)
+        assert await anext(parts, None) is None and not source._groups
 
     asyncio.run(body())
     assert len(asked) == 40
@@ -269,10 +269,26 @@ def test_distributions_of_a_prompt_are_bounded_by_the_vocabulary(monkeypatch: py
     logprobs_TV = torch.randn(50, 11, generator=torch.Generator().manual_seed(0)).log_softmax(-1)
     targets_TK = np.arange(100).reshape(50, 2) % 11
 
-    def scored() -> prompt_scores.ScoredPrompt:
-        wanted = prompt_scores.PromptScores(targets_TK, draws=3, temperature=0.7, seed=4)
+    def scored(targets_TK: np.ndarray | None, draws: int, temperature: float = 0.7) -> prompt_scores.ScoredPrompt:
+        wanted = prompt_scores.PromptScores(targets_TK, draws, temperature, seed=4)
         return prompt_scores.score_prompt(wanted, 50, 11, logprobs_TV.__getitem__)
 
-    at_once = scored()
+    at_once = scored(targets_TK, 3)
     monkeypatch.setattr(prompt_scores, "ELEMENTS", 7 * 11)
-    assert scored() == at_once
+    assert scored(targets_TK, 3) == at_once
+    assert scored(targets_TK, 0) == prompt_scores.ScoredPrompt(target_logprobs=at_once.target_logprobs)
+    assert scored(None, 3) == prompt_scores.ScoredPrompt(alt_tokens=at_once.alt_tokens)
+    greedy = scored(None, 2, temperature=0.0).alt_tokens
+    assert greedy is not None and not greedy.logprobs.array.any()
+    assert greedy.tokens.array.tolist() == [[best, best] for best in logprobs_TV.argmax(-1).tolist()]
+
+
+def test_what_a_prompt_is_asked_for_is_bounded_by_its_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prompt_scores, "MOST_SCORES", 6)
+    for targets in (None, TensorData([[8, -1]] * 3), TensorData([[8]] * 3), TensorData(np.zeros((3, 0), np.int64))):
+        prompt_scores.check_scores(4, 9, targets, draws=1)
+    with pytest.raises(RangeError, match="prompt_alt_tokens_k"):
+        prompt_scores.check_scores(4, 9, None, draws=2)
+    with pytest.raises(DataError, match="asks for 9 logprobs: at most 6"):
+        prompt_scores.check_scores(4, 9, TensorData([[8, -1, 0]] * 3), draws=0)
+    assert [*prompt_scores.blocks(2, 2**27)] == [slice(0, 1), slice(1, 2)]  # a distribution is never cut
