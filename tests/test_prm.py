@@ -413,7 +413,9 @@ def test_step_advantages_are_the_changes_of_the_probability(plain: Renderer) -> 
     asyncio.run(stage([group]))
     first, second = (trajectory.transitions[0].token_advantages for trajectory in group.trajectories_G)
     assert first == pytest.approx([0.4, 0.4, -0.6, 0.8, 0.8]) and second == pytest.approx([-0.4])
-    assert group.get_total_rewards() == [1.0, 1.0]
+    asyncio.run(stage([group]))  # added to what a turn has
+    again = group.trajectories_G[0].transitions[0].token_advantages
+    assert again == pytest.approx([0.8, 0.8, -1.2, 1.6, 1.6]) and group.get_total_rewards() == [1.0, 1.0]
 
 
 def test_scores_do_not_depend_on_what_is_scored_beside(

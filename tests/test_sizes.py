@@ -207,7 +207,7 @@ def test_a_step_asks_each_of_its_groups_once_for_its_end() -> None:
             assert [int(group.tags[0]) for group in await part] == sorted(finished)
         assert await anext(parts, None) is None and not source._groups
 
-    asyncio.run(body())
+    asyncio.run(asyncio.wait_for(body(), 60))  # a part that never comes
     assert len(asked) == 40
 
 
