@@ -199,7 +199,7 @@ def test_a_step_asks_each_of_its_groups_once_for_its_end() -> None:
 
         order, parts = np.random.default_rng(0).permutation(40).reshape(4, 10), source.minibatches(0)
         for finished in order.tolist():  # a part is there once its last group is, and not before
-            part = asyncio.create_task(anext(parts))
+            part = asyncio.ensure_future(anext(parts))
             for p in finished:
                 await asyncio.sleep(0.001)
                 assert not part.done()
