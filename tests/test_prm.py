@@ -410,10 +410,11 @@ def test_step_advantages_are_the_changes_of_the_probability(plain: Renderer) -> 
     SCRIPT = [([0.8, 0.5, 0.9], [0, 2, 3, 5]), ([0.4], [0])]
     group = group_of([("ab\nc", True), ("", True)], plain)
     stage = ProcessReward(Scripted(None, plain, LINES), PrmReward(path="", per_step=True, coef=2.0))  # type: ignore[arg-type]
-    asyncio.run(stage([group]))
-    first, second = (trajectory.transitions[0].token_advantages for trajectory in group.trajectories_G)
-    assert first == pytest.approx([0.4, 0.4, -0.6, 0.8, 0.8]) and second == pytest.approx([-0.4])
-    assert group.get_total_rewards() == [1.0, 1.0]
+    first, second = (trajectory.transitions[0] for trajectory in group.trajectories_G)
+    for times in (1, 2):  # added to what a turn has
+        asyncio.run(stage([group]))
+        assert first.token_advantages == pytest.approx(times * np.array([0.4, 0.4, -0.6, 0.8, 0.8]))
+    assert second.token_advantages == pytest.approx([-0.8]) and group.get_total_rewards() == [1.0, 1.0]
 
 
 def test_scores_do_not_depend_on_what_is_scored_beside(

@@ -199,7 +199,7 @@ def test_a_step_asks_each_of_its_groups_once_for_its_end() -> None:
 
         order, parts = np.random.default_rng(0).permutation(40).reshape(4, 10), source.minibatches(0)
         for finished in order.tolist():  # a part is there once its last group is, and not before
-            part = asyncio.create_task(anext(parts))
+            part = asyncio.ensure_future(anext(parts))
             for p in finished:
                 await asyncio.sleep(0.001)
                 assert not part.done()
@@ -207,7 +207,7 @@ def test_a_step_asks_each_of_its_groups_once_for_its_end() -> None:
             assert [int(group.tags[0]) for group in await part] == sorted(finished)
         assert await anext(parts, None) is None and not source._groups
 
-    asyncio.run(body())
+    asyncio.run(asyncio.wait_for(body(), 60))  # a part that never comes
     assert len(asked) == 40
 
 
