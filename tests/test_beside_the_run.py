@@ -1,7 +1,10 @@
-"""A data set whose difficulty follows the run's own metrics, as docs/first_env.md describes."""
+"""Code of a user's own beside the run folder: a data set that reads the run's metrics, as
+docs/first_env.md describes, and a reward that changes the working directory.
+"""
 
 import asyncio
 import json
+import os
 from pathlib import Path
 
 import chz
@@ -9,6 +12,7 @@ import pytest
 
 from envs.problem import Problem
 from envs.problem_env import problem_groups
+from envs.single_turn import SingleTurn
 from posttrain.backend.config import BackendConfig
 from posttrain.renderers.types import Renderer
 from rl import train
@@ -61,3 +65,29 @@ def test_a_curriculum_sees_the_steps_before_its_batch_also_after_a_resume(tmp_pa
     assert [index for index, _ in asked] == [0, 1, 2, 3]
     for index, steps in asked:
         assert steps[: max(0, index - late)] == list(range(max(0, index - late)))
+
+
+# Trap: a relative log_path that follows the working directory: the checkpoint would be written into
+# a temporary folder of the reward's, and the run folder stay empty.
+def test_a_reward_that_changes_the_working_directory_does_not_move_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)  # and back at the end
+
+    def reward(answer) -> float:
+        os.chdir(tmp_path / "elsewhere")
+        return float(len(set(answer.text)))
+
+    config = train.Config(
+        env=SingleTurn([Problem("a", "b")], [reward], batch_size=1, group_size=2),
+        model_name="tiny",
+        renderer_name="plain",
+        max_tokens=2,
+        max_steps=1,
+        log_path="runs/x",
+        backend=BackendConfig(engine="torch"),
+    )
+    asyncio.run(train.main(config))
+    assert (tmp_path / "runs/x/checkpoints/final").is_dir() and (tmp_path / "runs/x/metrics.jsonl").read_text()
+    assert not list((tmp_path / "elsewhere").iterdir())
