@@ -86,9 +86,12 @@ class Problem:
     id: str = ""
 
     def __post_init__(self) -> None:
-        for name, kind in (("question", str), ("gold", str), ("grader", Grader)):
+        for name, kind, wanted in (
+            ("question", str, "a text"),
+            ("gold", str, "a text (write several values as JSON)"),
+            ("grader", Grader, "an object of Grader"),
+        ):
             if not isinstance(value := getattr(self, name), kind):
-                wanted = "a text" if kind is str else "an object of Grader"
                 raise DataError(f"Problem {self.id or repr(self.question)[:80]}: {name}={value!r:.80} is not {wanted}")
 
     def messages(self, prefix: Sequence[Message] = ()) -> list[Message]:

@@ -46,6 +46,8 @@ class TextGame:
     def split(self) -> tuple[list[Task], list[Task]]:
         """Training and held-out tasks."""
         tasks = self.tasks()
+        if not isinstance(tasks, Sequence):  # a set's order is another one in each process
+            raise ConfigError(f"{type(self).__name__}.tasks returned {tasks!r:.100}, not a list")
         if not 1 <= self.num_test < len(tasks):
             raise ConfigError(
                 f"num_test={self.num_test} must be between 1 and {len(tasks) - 1}: there are {len(tasks)} tasks"
@@ -69,6 +71,10 @@ class TextGameBuilder(TextGame, RLDatasetBuilder):
     async def __call__(self, renderer: Renderer) -> tuple[RLDataset, RLDataset | None]:
         train, test = self.split()
         env_of, tags = self.open_env(), [self.tag] if self.tag else []
+        if not callable(env_of):
+            raise ConfigError(
+                f"{type(self).__name__}.open_env returned {env_of!r:.100}, not a function from a task to an environment"
+            )
 
         def group(task: Task, num_envs: int) -> MessageEnvGroupBuilder:
             return MessageEnvGroupBuilder(partial(env_of, task), num_envs, renderer, self.parse, tags)

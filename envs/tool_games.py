@@ -2,7 +2,8 @@
 same game without them, to compare with.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import chz
 
@@ -10,7 +11,7 @@ from envs.text_games import TextGame, TextGameBuilder, TextGameExamplesBuilder
 from posttrain.renderers import with_tools
 from posttrain.renderers.types import Message, Part, Renderer
 from rl.tool_env import ToolLimits
-from rl.tools import Tool
+from rl.tools import Tool, tools_by_name
 from rl.types import RLDataset
 from supervised.types import SupervisedDataset
 
@@ -24,12 +25,12 @@ class ToolGame(TextGame):
         default=True, doc="list the tools in every prompt; false = the model learns what there is by its training"
     )
 
-    def tools(self) -> Sequence[Tool]:
-        """The tools of the game; read only if `use_tools`."""
+    def tools(self) -> Sequence[Tool | Callable[..., Any]]:
+        """The tools of the game, or functions to make them of; read only if `use_tools`."""
         raise NotImplementedError
 
     def offered(self) -> list[Tool]:
-        return list(self.tools()) if self.use_tools else []
+        return list(tools_by_name(self.tools()).values()) if self.use_tools else []
 
     def offer(self, renderer: Renderer) -> Renderer:
         """The renderer with the tools."""

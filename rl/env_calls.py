@@ -59,7 +59,7 @@ async def call(
 ) -> T:
     """`check(await owner.method(*arguments, **keywords))`. Raises RolloutError, unless the run
     itself is cancelled or interrupted."""
-    watch, call_name = _Watch(seconds, clock), f"{type(owner).__name__}.{method}"
+    watch, call_name = _Watch(seconds, clock), f"{_name(owner)}.{method}"
     try:
         with span("env"):
             result = _checked(
@@ -84,12 +84,17 @@ async def call(
     raise _rollout_error(call_name, failure)
 
 
+def _name(owner: object) -> str:
+    """The class that was written for the task: of messages (message_env.py) the one inside."""
+    return type(getattr(owner, "message_env", owner)).__name__
+
+
 def _checked(check: Callable[[Any], T], owner: object, method: str, result: object) -> T:
     """`check(result)`, whose error says which class and method returned it."""
     try:
         return check(result)
     except MalformedStep as error:
-        name, message = type(owner).__name__, str(error)
+        name, message = _name(owner), str(error)
         if message.startswith(f"{name}."):
             raise
         raise MalformedStep(f"{name}.{message if message.startswith(method) else f'{method}: {message}'}") from error

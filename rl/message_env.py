@@ -4,10 +4,11 @@ unreadable responses. Left out: limits on turns and tokens (rl/rollouts.py), env
 rewrite messages. Tools: rl/tool_env.py.
 """
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import chz
 
@@ -17,6 +18,7 @@ from posttrain.backend.types import ModelInput
 from posttrain.renderers.parts import get_thinking
 from posttrain.renderers.turns import decode, encode
 from posttrain.renderers.types import Message, Part, Renderer, TrainOnWhat
+from rl import step_checks
 from rl.types import (
     Action,
     Env,
@@ -29,6 +31,7 @@ from rl.types import (
     StepResult,
     StopCondition,
 )
+from supervised.rows import checked_messages
 
 # why an episode ended, other than by the environment
 MessageEnd = Literal[EpisodeEnd, "parse_error"]
@@ -95,15 +98,16 @@ class EnvFromMessageEnv(Env):
 
     def __init__(self, renderer: Renderer, message_env: MessageEnv, parse: ParsePolicy | None = None):
         self.renderer, self.message_env, self.parse = renderer, message_env, parse or ParsePolicy()
+        self.name = type(message_env).__name__
         self.conversation: list[Message] = []
         self.tokens: list[int] = []  # the latest observation
         self.parse_errors = 0
 
     async def initial_observation(self) -> tuple[Observation, StopCondition]:
-        return self.begin(await self.message_env.initial_messages())
+        return self.begin(await self._call("initial_messages"))
 
     def begin(self, messages: Sequence[Message]) -> tuple[Observation, StopCondition]:
-        self.conversation = list(messages)
+        self.conversation = checked_messages(f"what {self.name}.initial_messages returned", messages)
         self.tokens = self.renderer.build_generation_prompt(self.conversation).to_ints()
         return ModelInput.from_ints(self.tokens), self.renderer.get_stop_sequences()
 
@@ -113,17 +117,16 @@ class EnvFromMessageEnv(Env):
         try:
             if not stopped:
                 raise ParseError("Your answer was too long and was cut off. Be brief.")
-            result = await self.message_env.step(message)
+            result = await self._answer(message)
         except ParseError as error:
             result, unread["parse_error"] = await self._unreadable(error), 1.0
         if not result.episode_done:
-            if not result.next_messages:
-                raise MalformedStep(
-                    f"{type(self.message_env).__name__}.step neither ended the episode nor said anything"
-                )
+            next_messages = checked_messages(f"next_messages of {self.name}.step", result.next_messages)
+            if not next_messages:
+                raise MalformedStep(f"{self.name}.step neither ended the episode nor said anything")
             spoken = [*self.conversation, message]
-            self.tokens = next_prompt(self.renderer, self.tokens, action, spoken, result.next_messages)
-            self.conversation += [message, *result.next_messages]
+            self.tokens = next_prompt(self.renderer, self.tokens, action, spoken, next_messages)
+            self.conversation += [message, *next_messages]
         return StepResult(
             reward=result.reward,
             episode_done=result.episode_done,
@@ -133,19 +136,33 @@ class EnvFromMessageEnv(Env):
             logs=result.logs,
         )
 
+    async def _call(self, method: str, *arguments: object) -> Any:
+        result = getattr(self.message_env, method)(*arguments)
+        if not inspect.isawaitable(result):
+            raise MalformedStep(f"{self.name}.{method} returned {result!r:.100} without being an `async def`")
+        return await result
+
+    async def _answer(self, message: Message) -> MessageStep:
+        result = await self._call("step", message)
+        if not isinstance(result, MessageStep):
+            raise MalformedStep(f"{self.name}.step returned {result!r:.100}, not a MessageStep")
+        if not isinstance(result.metrics, Mapping):
+            raise MalformedStep(f"{self.name}.step: the metrics are {result.metrics!r:.100}, not a dict of numbers")
+        return result
+
     async def _unreadable(self, error: ParseError) -> MessageStep:
         self.parse_errors += 1
         logs = {"parse error": str(error)}
         if self.parse_errors <= self.parse.retries:
             return MessageStep(0.0, False, [Message(role="user", content=str(error))], logs=logs)
-        reward, metrics = await self.message_env.cut_short("parse_error")
+        reward, metrics = step_checks.reward_and_metrics(await self._call("cut_short", "parse_error"))
         return MessageStep(self.parse.failed_parse_reward + reward, True, metrics=metrics, logs=logs)
 
     async def cut_short(self, reason: EpisodeEnd) -> tuple[float, Metrics]:
-        return await self.message_env.cut_short(reason)
+        return await self._call("cut_short", reason)
 
     async def close(self) -> None:
-        await self.message_env.close()
+        await self._call("close")
 
 
 def next_prompt(
@@ -221,7 +238,12 @@ class MessageEnvGroupBuilder(EnvGroupBuilder):
     tags: list[str] = field(default_factory=list)
 
     async def make_envs(self) -> Sequence[EnvFromMessageEnv]:
-        return [EnvFromMessageEnv(self.renderer, self.env_thunk(), self.parse) for _ in range(self.num_envs)]
+        envs_G = [self.env_thunk() for _ in range(self.num_envs)]
+        if bad := [env for env in envs_G if not isinstance(env, MessageEnv)]:
+            raise MalformedStep(f"in place of a MessageEnv there is {bad[0]!r:.100}")
+        if len({id(env) for env in envs_G}) < len(envs_G):
+            raise MalformedStep(f"{type(envs_G[0]).__name__}: each member of a group needs an environment of its own")
+        return [EnvFromMessageEnv(self.renderer, env, self.parse) for env in envs_G]
 
     def logging_tags(self) -> list[str]:
         return self.tags

@@ -16,8 +16,9 @@ from posttrain.backend.ranges import COUNT, POSITIVE, WHOLE
 from posttrain.renderers.parts import get_text_content, get_tool_calls
 from posttrain.renderers.types import Message, ToolCallPart, UnparsedToolCallPart
 from rl.message_env import MessageEnd, MessageEnv, MessageStep
+from rl.step_checks import reward_and_metrics
 from rl.tools import MalformedCall, Tool, ToolError, answer_call, tools_by_name
-from rl.types import Logs, Metrics
+from rl.types import Logs, MalformedStep, Metrics
 
 Score = float | tuple[float, Metrics]
 
@@ -103,8 +104,11 @@ class ToolEnv(MessageEnv):
         scored = self.score(text)
         if inspect.isawaitable(scored):
             scored = await scored
-        reward, metrics = scored if isinstance(scored, tuple) else (scored, {})
-        return MessageStep(float(reward), True, metrics=self._episode(True, reward >= 1) | metrics)
+        try:
+            reward, metrics = reward_and_metrics(scored if isinstance(scored, tuple) else (scored, {}))
+        except MalformedStep as error:
+            raise MalformedStep(f"the function `score` of {type(self).__name__}: {error}") from error
+        return MessageStep(reward, True, metrics=self._episode(True, reward >= 1) | metrics)
 
     def _episode(self, answered: bool, correct: bool) -> Metrics:
         return {**self.counts, "answered": float(answered), "correct": float(correct)}

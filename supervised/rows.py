@@ -17,10 +17,10 @@ from posttrain.renderers.parts import THINKING_KEYS, from_openai, tool_spec
 from posttrain.renderers.types import Message, ToolSpec
 from posttrain.tracking.jsonl import parse_json
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
 Fields = Mapping[str, Any]
 # The place, for errors: "path:line" or "name[split]:index"; and the fields.
 Row = tuple[str, Fields]
-ROLES = ("system", "developer", "user", "assistant", "tool")
 # ShareGPT's and LLaMA-Factory's names of roles; the latter's `function_call` is read apart
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "observation": "tool"}
 # 0 or false in an assistant's message: it is read, and not trained on (OpenAI, ShareGPT, Axolotl)
@@ -167,6 +167,8 @@ def checked_messages(name: str, given: Any) -> list[Message]:
     for message in given:
         if not isinstance(message, Mapping) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
             raise DataError(f"{name} has {message!r:.80}: a message has a 'role' and a 'content', both texts")
+        if message["role"] not in ROLES:
+            raise DataError(f"{name} has the role {message['role']!r:.80}; roles are {', '.join(ROLES)}")
     return list(given)
 
 

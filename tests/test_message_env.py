@@ -20,9 +20,17 @@ from posttrain.renderers.turns import decode, encode
 from posttrain.renderers.types import Message, Renderer
 from rl.data_processing import trajectory_rows
 from rl.frozen_policy import FrozenPolicy, FrozenPolicyError, MessageCompleter
-from rl.message_env import EnvFromMessageEnv, MessageEnd, MessageEnv, MessageStep, ParseError, ParsePolicy
+from rl.message_env import (
+    EnvFromMessageEnv,
+    MessageEnd,
+    MessageEnv,
+    MessageEnvGroupBuilder,
+    MessageStep,
+    ParseError,
+    ParsePolicy,
+)
 from rl.rollouts import Policy, RolloutLimits, do_single_rollout
-from rl.types import MalformedStep, Metrics, Trajectory
+from rl.types import MalformedStep, Metrics, RolloutError, Trajectory
 from tests.conftest import Scripted
 
 TOKENIZER = character_tokenizer(512)
@@ -226,6 +234,53 @@ def test_an_environment_that_says_nothing_cannot_be_scored():
 
     with pytest.raises(MalformedStep, match="Silent.step neither ended the episode nor said anything"):
         roll_out(PlainRenderer(TOKENIZER), Silent(), [say("a")])
+
+
+@pytest.mark.parametrize(
+    ("method", "returns", "error"),
+    [
+        ("initial_messages", "Hello", "what Careless.initial_messages returned is 'Hello', not a list of messages"),
+        ("initial_messages", [{"role": "user"}], "a message has a 'role' and a 'content', both texts"),
+        ("initial_messages", [{"role": "human", "content": "Hello"}], "has the role 'human'; roles are system"),
+        ("step", None, "Careless.step returned None, not a MessageStep"),
+        ("step", (1.0, True), r"Careless.step returned \(1.0, True\), not a MessageStep"),
+        ("step", MessageStep(0.0, False, "Hello"), "next_messages of Careless.step is 'Hello', not a list of messages"),  # type: ignore[arg-type]
+        ("step", MessageStep(None, True), "Careless.step: the reward is None, not a number"),  # type: ignore[arg-type]
+        ("step", MessageStep(0.0, True, metrics=["won"]), "Careless.step: the metrics are .'won'., not a dict"),  # type: ignore[arg-type]
+        ("cut_short", 0.5, "Careless.cut_short: 0.5 is not a reward and a dict of metrics"),
+    ],
+)
+def test_what_a_message_env_returns_is_checked_under_its_own_name(method: str, returns: object, error: str):
+    class Careless(Echo):
+        pass
+
+    async def careless(self, *_):
+        return returns
+
+    setattr(Careless, method, careless)
+    with pytest.raises(RolloutError, match=error):
+        roll_out(PlainRenderer(TOKENIZER), Careless(), [say("a"), say("b")], max_turns=1)
+
+
+@pytest.mark.parametrize("method", ["initial_messages", "step", "cut_short", "close"])
+def test_a_method_of_a_message_env_that_is_not_async_is_named(method: str):
+    class Careless(Echo):
+        pass
+
+    setattr(Careless, method, lambda self, *_: "x")
+    with pytest.raises(RolloutError, match=f"Careless.{method} returned 'x' without being an `async def`"):
+        roll_out(PlainRenderer(TOKENIZER), Careless(), [say("a")], max_turns=1)
+
+
+def test_each_member_of_a_group_needs_a_message_env_of_its_own():
+    def error_of(thunk) -> str:
+        with pytest.raises(MalformedStep) as raised:
+            asyncio.run(MessageEnvGroupBuilder(thunk, 2, PlainRenderer(TOKENIZER)).make_envs())
+        return str(raised.value)
+
+    shared = Echo()
+    assert "Echo: each member of a group needs an environment of its own" in error_of(lambda: shared)
+    assert "in place of a MessageEnv there is 'an Echo'" in error_of(lambda: "an Echo")
 
 
 def test_limits_of_the_run_reach_the_message_env():

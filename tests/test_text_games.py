@@ -390,3 +390,24 @@ def test_the_recipe_warm_starts_and_trains_over_several_turns(tmp_path: Path):
     assert max(first["optim/logprob_gap_mean"], second["optim/logprob_gap_mean"]) < 1e-4
     assert {"test/env/all/solved", "test/env/all/turns"} <= first.keys() & last.keys()
     assert "env/all/parse_error" in second
+
+
+@chz.chz
+class CarelessGame(TextGameBuilder):
+    listed: object = chz.field(default_factory=lambda: {"ant", "bee"})
+
+    def tasks(self):
+        return self.listed
+
+    def open_env(self):
+        return "an environment"
+
+
+def test_tasks_without_an_order_and_an_env_that_is_no_function_are_refused():
+    renderer = PlainRenderer(character_tokenizer(512))
+    with pytest.raises(ConfigError, match="CarelessGame.tasks returned {.*}, not a list"):
+        asyncio.run(CarelessGame(num_test=1)(renderer))
+    with pytest.raises(
+        ConfigError, match="CarelessGame.open_env returned 'an environment', not a function from a task"
+    ):
+        asyncio.run(CarelessGame(num_test=1, listed=["ant", "bee"])(renderer))

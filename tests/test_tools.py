@@ -35,7 +35,7 @@ from rl.names import ENVS
 from rl.rollouts import Policy, RolloutLimits, do_single_rollout
 from rl.tool_env import ToolEnv, ToolLimits
 from rl.tools import MalformedCall, Tool, ToolError, answer_call, check_arguments, tool, tools_by_name
-from rl.types import RolloutError, Trajectory
+from rl.types import MalformedStep, RolloutError, Trajectory
 from supervised.names import DATASETS
 from supervised.train import Config as SupervisedConfig
 from tests.test_message_env import scripted
@@ -326,6 +326,11 @@ EPISODES = {
     "mistral": [f'[TOOL_CALLS][{{"name": "calculator", "arguments": {CALL}}}]</s>', "3</s>"],
     "chatml": [f"{HERMES_CALL}<|im_end|>", "3<|im_end|>"],
 }
+
+
+def test_a_score_that_is_no_number_is_named():
+    with pytest.raises(MalformedStep, match="the function `score` of ToolEnv: the reward is None, not a number"):
+        step(ToolEnv([], [plan], lambda text: None), {"type": "text", "text": "abc"})  # type: ignore[arg-type]
 
 
 def roll_out(name: str, written: list[str], score: Any = None) -> Trajectory:

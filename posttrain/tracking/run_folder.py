@@ -142,7 +142,7 @@ def open_run_folder(path: str | os.PathLike[str], behavior: BehaviorIfExists, co
         from posttrain.backend.ranks import check_no_copies  # with torch
 
         check_no_copies()
-    path = Path(path).expanduser()
+    path = Path(path).expanduser().absolute()  # an environment may change the working directory
     there = _holds_a_run(path)
     try:
         path.mkdir(parents=True, exist_ok=True)

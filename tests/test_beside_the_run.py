@@ -1,0 +1,93 @@
+"""Code of a user's own beside the run folder: a data set that reads the run's metrics, as
+docs/first_env.md describes, and a reward that changes the working directory.
+"""
+
+import asyncio
+import json
+import os
+from pathlib import Path
+
+import chz
+import pytest
+
+from envs.problem import Problem
+from envs.problem_env import problem_groups
+from envs.single_turn import SingleTurn
+from posttrain.backend.config import BackendConfig
+from posttrain.renderers.types import Renderer
+from rl import train
+from rl.types import EnvGroupBuilder, RLDataset, RLDatasetBuilder
+
+asked: list[tuple[int, list[int]]] = []  # by call of get_batch: its index, and the steps that were logged
+
+
+class Levels(RLDataset):
+    def __init__(self, builder: "LevelsBuilder", renderer: Renderer):
+        self.builder, self.renderer = builder, renderer
+
+    def __len__(self) -> int:
+        return 10
+
+    def get_batch(self, index: int) -> list[EnvGroupBuilder]:
+        lines = Path(self.builder.run, "metrics.jsonl").read_text().splitlines()
+        steps = [row["step"] for row in map(json.loads, lines) if "env/all/reward/total" in row]
+        asked.append((index, [step for step in steps if step < index]))
+        problem = Problem(f"{index} ", "a")
+        return list(problem_groups([problem] * self.builder.batch_size, self.renderer, self.builder.group_size))
+
+
+@chz.chz
+class LevelsBuilder(RLDatasetBuilder):
+    run: str = chz.field(doc="the run folder")
+
+    async def __call__(self, renderer: Renderer):
+        return Levels(self, renderer), None
+
+
+# Trap: a metric that is written after the next batch has been drawn, or lost by a resume: the
+# difficulty would be another one than in an uninterrupted run.
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_curriculum_sees_the_steps_before_its_batch_also_after_a_resume(tmp_path: Path, late: int):
+    asked.clear()
+    run = str(tmp_path / "run")
+    config = train.Config(
+        env=LevelsBuilder(run=run, batch_size=1, group_size=2),
+        model_name="tiny",
+        renderer_name="plain",
+        max_tokens=2,
+        max_steps=2,
+        max_steps_off_policy=late,
+        log_path=run,
+        backend=BackendConfig(engine="torch"),
+    )
+    asyncio.run(train.main(config))
+    asyncio.run(train.main(chz.replace(config, max_steps=4, behavior_if_log_dir_exists="resume")))
+    assert [index for index, _ in asked] == [0, 1, 2, 3]
+    for index, steps in asked:
+        assert steps[: max(0, index - late)] == list(range(max(0, index - late)))
+
+
+# Trap: a relative log_path that follows the working directory: the checkpoint would be written into
+# a temporary folder of the reward's, and the run folder stay empty.
+def test_a_reward_that_changes_the_working_directory_does_not_move_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)  # and back at the end
+
+    def reward(answer) -> float:
+        os.chdir(tmp_path / "elsewhere")
+        return float(len(set(answer.text)))
+
+    config = train.Config(
+        env=SingleTurn([Problem("a", "b")], [reward], batch_size=1, group_size=2),
+        model_name="tiny",
+        renderer_name="plain",
+        max_tokens=2,
+        max_steps=1,
+        log_path="runs/x",
+        backend=BackendConfig(engine="torch"),
+    )
+    asyncio.run(train.main(config))
+    assert (tmp_path / "runs/x/checkpoints/final").is_dir() and (tmp_path / "runs/x/metrics.jsonl").read_text()
+    assert not list((tmp_path / "elsewhere").iterdir())
