@@ -215,7 +215,7 @@ def two_steps(trainer: Trainer) -> tuple[list[float], torch.Tensor]:
     first = trainer.optim_step(AdamParams(1e-3, grad_clip_norm=1e6)).metrics["grad_norm"]
     trainer.run(policy_data(5, seed=1), "importance_sampling")
     second = trainer.optim_step(AdamParams(1e-3, grad_clip_norm=first / 3)).metrics["grad_norm"]
-    return [first, second], torch.cat([tensor.flatten() for _, tensor in sorted(trainer.sampler_weights())])
+    return [first, second], torch.cat([tensor.flatten() for _, tensor in sorted(trainer.sampled.sampler_weights())])
 
 
 def publish_weights(processes: ranks.Processes, folder: Path) -> None:
@@ -394,7 +394,7 @@ def test_ranks_fail_together_and_change_nothing(several: dict[str, Any], shardin
     assert all(text == steps[0] and text.startswith(NonFiniteError.__name__) for text in steps)
     assert several[f"unchanged, {sharding}"]
     alone = open_trainer("ppo")
-    before = torch.cat([tensor.flatten() for _, tensor in sorted(alone.sampler_weights())])
+    before = torch.cat([tensor.flatten() for _, tensor in sorted(alone.sampled.sampler_weights())])
     (norms, after), (expected, alike) = several[f"step, {sharding}"], two_steps(alone)
     assert norms == pytest.approx(expected, rel=rounded(1e-5)) and norms[1] > norms[0] / 2
     assert (after - alike).norm() < rounded(1e-2) * (alike - before).norm()
