@@ -187,6 +187,8 @@ def test_codes_are_right_on_average_and_squares_never_zero() -> None:
     code, scale = quantized(squares, SQUARE_LEVELS, generator)
     assert code.dtype == torch.uint8 and scale.shape == (4,)
     assert bool((dequantized(code, scale, SQUARE_LEVELS)[squares > 0] > 0).all())
+    far_below = dequantized(*quantized(torch.tensor([1.0, *[1e-9] * 255]), SQUARE_LEVELS, generator), SQUARE_LEVELS)
+    assert set(far_below.tolist()) == {1.0, float(SQUARE_LEVELS[0])}
     # Trap: a small negative value that is rounded to 0, and read as the largest level
     lowest = float(MEAN_LEVELS[0])
     small = torch.tensor([1.0, *[-lowest / 2] * 255])
