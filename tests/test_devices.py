@@ -19,7 +19,7 @@ from posttrain.backend.memory import GIB, kv_cache_bytes, sequence_bytes
 from posttrain.backend.memory_plan import free_bytes, planned
 from posttrain.backend.models import model_config
 from posttrain.backend.placement import check_placement
-from posttrain.backend.random_state import OwnTorchGenerators
+from posttrain.backend.random_state import OwnTorchGenerators, seed_of
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.vllm_engine import NO_SPLIT_SUMS, VllmEngine, _model_folder, _set_environment
@@ -71,6 +71,13 @@ def test_an_engine_has_new_noise_in_every_step() -> None:
             torch.set_rng_state(first)
     assert len({tuple(x.tolist()) for x in noise}) == 3
     assert torch.equal(torch.get_rng_state(), program)
+
+
+# Trap: torch's generator on a CPU reads the low 32 bits of a seed alone.
+def test_a_seed_of_several_numbers_differs_in_its_low_bits() -> None:
+    seeds = [seed_of(*numbers) for n in range(5000) for numbers in ((n,), (0, n), (n, 0), (n << 32,))]
+    assert len({seed % 2**32 for seed in seeds}) > len(seeds) - 10 and max(seeds) < 2**63  # few meet by chance
+    assert seed_of(0, 1, 2) == seed_of(0, 1, 2)
 
 
 def test_apples_gpu_is_taken_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from posttrain.backend.random_state import seed_of
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 Slots = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shape and dtype of each tensor of a state
 STEP_BYTES = 24  # of each value of the weight that is stepped, beside its state
@@ -41,7 +43,7 @@ class LeanAdamW(torch.optim.Optimizer):
                 state[name] = torch.zeros(shape, dtype=dtype, device=p.device)
         state["step"] += 1
         count = int(state["step"])
-        generator = torch.Generator(p.device).manual_seed(((self.seed * 2**20 + index) * 2**32 + count) % 2**63)
+        generator = torch.Generator(p.device).manual_seed(seed_of(self.seed, index, count))
         gradient, weight = p.grad.float(), p.float()  # type: ignore[union-attr]
         mean, square = self._read(state, "exp_avg", p), self._read(state, "exp_avg_sq", p)
         mean.lerp_(gradient, 1 - beta1)

@@ -13,6 +13,12 @@ import torch
 _in_use = threading.RLock()
 
 
+def seed_of(*numbers: int) -> int:
+    """A seed for torch, of its own for each list. Neighbours would not do, nor what differs from bit 32 on: torch's
+    generator on a CPU reads the 32 low bits alone."""
+    return hash(numbers) % 2**63
+
+
 @contextmanager
 def drawn_from(seed: int) -> Iterator[None]:
     """Weights made inside depend on `seed` only (all are made on the CPU)."""
@@ -47,7 +53,7 @@ class OwnTorchGenerators:
         _in_use.acquire()
         self._program_states = _torch_states(self._cuda)
         self._count += 1
-        seed = hash((self._seed, self._count)) % 2**63
+        seed = seed_of(self._seed, self._count)
         torch.default_generator.manual_seed(seed)
         if self._cuda:
             torch.cuda.manual_seed_all(seed)

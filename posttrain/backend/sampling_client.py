@@ -14,6 +14,7 @@ from posttrain.backend.engine import EngineThread, SequenceRequest
 from posttrain.backend.errors import ClosedError, ConfigError, ContextLengthError, DataError
 from posttrain.backend.futures import APIFuture, Ready, accepted, answered
 from posttrain.backend.prompt_scores import PromptScores, check_scores
+from posttrain.backend.random_state import seed_of
 from posttrain.backend.ranges import COUNT, Range, RangeError
 from posttrain.backend.sampler_pool import SamplerPool
 from posttrain.backend.types import ModelInput, SampleResponse, SamplingParams, TensorData
@@ -99,7 +100,9 @@ class SamplingClient(Ready):
         last = _check_last(tokens, prompt_logprobs_last_n)
         room = self._check(tokens, num_samples)
         check_scores(len(tokens), self.vocabulary, target_prompt_logprobs, prompt_alt_tokens_k)
-        seed = sampling_params.seed if sampling_params.seed is not None else next(self._policy.unseeded_calls) << 20
+        seed = sampling_params.seed
+        if seed is None:
+            seed = seed_of(next(self._policy.unseeded_calls))
         scores = None
         if target_prompt_logprobs is not None or prompt_alt_tokens_k:
             targets_TK = None if target_prompt_logprobs is None else target_prompt_logprobs.array
