@@ -14,6 +14,7 @@ from envs.problem import Problem
 from envs.problem_env import problem_groups
 from envs.single_turn import SingleTurn
 from posttrain.backend.config import BackendConfig
+from posttrain.backend.errors import ConfigError
 from posttrain.renderers.types import Renderer
 from rl import train
 from rl.types import EnvGroupBuilder, RLDataset, RLDatasetBuilder
@@ -91,3 +92,29 @@ def test_a_reward_that_changes_the_working_directory_does_not_move_the_run(
     asyncio.run(train.main(config))
     assert (tmp_path / "runs/x/checkpoints/final").is_dir() and (tmp_path / "runs/x/metrics.jsonl").read_text()
     assert not list((tmp_path / "elsewhere").iterdir())
+
+
+# Trap: the process already has the folder's lock, so that both would write into it.
+def test_of_two_runs_at_once_one_has_the_folder(tmp_path: Path):
+    def length(answer) -> float:
+        return float(len(answer.text))
+
+    config = train.Config(
+        env=SingleTurn([Problem("a", "b")], [length], batch_size=1, group_size=2),
+        model_name="tiny",
+        renderer_name="plain",
+        max_tokens=2,
+        num_epochs=3,
+        log_path=str(tmp_path / "run"),
+        behavior_if_log_dir_exists="delete",
+        backend=BackendConfig(engine="torch"),
+    )
+
+    async def both():
+        return await asyncio.gather(train.main(config), train.main(config), return_exceptions=True)
+
+    refused, finished = sorted(asyncio.run(both()), key=lambda result: isinstance(result, dict))
+    assert isinstance(refused, ConfigError) and "run of this process" in str(refused) and isinstance(finished, dict)
+    rows = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
+    assert [row["step"] for row in rows if "env/all/reward/total" in row] == [0, 1, 2]
+    asyncio.run(train.main(config))  # one after the other

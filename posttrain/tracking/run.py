@@ -7,7 +7,7 @@ stopping, progress.
 """
 
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import closing, suppress
+from contextlib import closing, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -115,6 +115,7 @@ class Run:
         config, checkpointer, metrics, headline, done = self.config, self._checkpointer, {}, {}, self.first_step
         profile = StepProfile(self.folder.path / "profile", self.first_step + 1, config.profile_steps)
         with (
+            self.folder.lock.running(self.folder.opening) if self.folder.lock else nullcontext(),
             startup_objects_frozen(),
             closing(MetricsLog(self.folder, config)) as log,
             StopRequest() as stop,

@@ -54,6 +54,7 @@ class RunFolder:
     path: Path
     resumed: bool = False
     lock: RunLock | None = field(default=None, compare=False, repr=False)
+    opening: int = field(default=0, compare=False, repr=False)  # of those of the lock
 
     @property
     def config_file(self) -> Path:
@@ -133,7 +134,7 @@ class RunFolder:
 def open_run_folder(path: str | os.PathLike[str], behavior: BehaviorIfExists, config: Any) -> RunFolder:
     """Creates the run folder and its config.json, or applies `behavior` to an existing run.
 
-    ConfigError if the run may not be changed or belongs to another process, if torchrun has started
+    ConfigError if the run may not be changed, is under way or belongs to another process, if torchrun has started
     copies of it, if the folder holds something else, or if the settings differ: another model,
     environment or dataset is always refused; other changes ask in a terminal, and "resume_changed"
     accepts them.
@@ -149,6 +150,7 @@ def open_run_folder(path: str | os.PathLike[str], behavior: BehaviorIfExists, co
         lock = lock_folder(path)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be a run folder ({error}); choose another log_path") from error
+    opening = lock.opened()
     if there and behavior == "ask":
         behavior = _ask(path)
     if there and behavior == "raise":
@@ -156,7 +158,7 @@ def open_run_folder(path: str | os.PathLike[str], behavior: BehaviorIfExists, co
     if there and behavior == "delete":
         _empty(path)
     resumed = there and behavior != "delete"
-    run, config_json = RunFolder(path, resumed, lock), config_to_json(config)
+    run, config_json = RunFolder(path, resumed, lock, opening), config_to_json(config)
     if resumed:
         _check_settings(run, behavior, config, config_json)
     for folder in (run.checkpoints, run.transcripts, run.plots):
@@ -194,6 +196,7 @@ def delete_run(path: str | os.PathLike[str]) -> None:
     path = Path(path).expanduser()
     if _holds_a_run(path):
         lock = lock_folder(path)
+        lock.opened()
         _empty(path)
         del lock
 

@@ -1,6 +1,6 @@
 """One process per run folder: a kernel lock, released whenever its holder ends. The file `lock`
-names the holder; a dead holder's text has no effect. Threads of a process share the lock. Left out:
-file systems without locks, where a warning is printed.
+names the holder; a dead holder's text has no effect. What a process does in a folder shares the lock,
+but of its runs one at a time. Left out: file systems without locks, where a warning is printed.
 """
 
 import errno
@@ -8,7 +8,10 @@ import fcntl
 import json
 import os
 import socket
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakSet
 
@@ -21,7 +24,7 @@ class RunLock:
     """Held while this object lives."""
 
     def __init__(self, folder: Path):
-        self.file = folder / LOCK_FILE
+        self.file, self._has_run, self._openings = folder / LOCK_FILE, False, 0
         # Python closes it in executed programs
         self._descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -51,6 +54,24 @@ class RunLock:
         if hasattr(self, "_descriptor"):
             self.close()
 
+    def opened(self) -> int:
+        """The number of this opening of the folder. ConfigError while a run of this process takes steps in it."""
+        if self._has_run:
+            raise ConfigError(f"a run of this process is under way in {self.file.parent}: choose another log_path")
+        self._openings += 1
+        return self._openings
+
+    @contextmanager
+    def running(self, opening: int) -> Iterator[None]:
+        """For a run's steps. ConfigError if another run of this process opened the folder after it."""
+        if opening != self._openings:
+            raise ConfigError(f"{self.file.parent} was opened by another run of this process: choose another log_path")
+        self._has_run = True
+        try:
+            yield
+        finally:
+            self._has_run = False
+
     def is_of(self, folder: Path) -> bool:
         """Whether this locks that folder, not a deleted folder of the same path."""
         try:
@@ -60,11 +81,13 @@ class RunLock:
 
 
 _held: WeakSet[RunLock] = WeakSet()
+_looking = threading.Lock()  # two threads may open one folder
 
 
 def lock_folder(folder: Path) -> RunLock:
     """The lock of an existing folder. ConfigError, with the holder, if another process has it."""
-    return next((lock for lock in list(_held) if lock.is_of(folder)), None) or RunLock(folder)
+    with _looking:
+        return next((lock for lock in list(_held) if lock.is_of(folder)), None) or RunLock(folder)
 
 
 def _holder_text(content: bytes) -> str:
