@@ -6,6 +6,7 @@ Left out: streaming from sets whose tokens, 8 bytes each, do not fit into memory
 import json
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import Literal
 
 import chz
@@ -197,7 +198,8 @@ class ChatDatasetBuilder(SupervisedDatasetBuilder):
 def _is_wordless(renderer: Renderer, tokens: Sequence[int], weights: Sequence[float]) -> bool:
     """Whether all that is trained on is white space and the end of a turn."""
     stops = [*renderer.get_stop_sequences(), *eos(renderer.tokenizer)]
-    trained = [token for token, weight in zip(tokens, weights, strict=True) if weight and token not in stops]
+    words = (token for token, weight in zip(tokens, weights, strict=True) if weight and token not in stops)
+    trained = list(islice(words, MOST_OF_AN_END + 1))
     ends = {"", *(stop.strip() for stop in stops if isinstance(stop, str))}
     return len(trained) <= MOST_OF_AN_END and decode(renderer.tokenizer, trained).strip() in ends
 

@@ -19,6 +19,19 @@ from posttrain.renderers.types import Renderer
 from rl import train
 from rl.types import EnvGroupBuilder, RLDataset, RLDatasetBuilder
 
+
+def tiny(env: RLDatasetBuilder, log_path: str, **options) -> train.Config:
+    return train.Config(
+        env=env,
+        model_name="tiny",
+        renderer_name="plain",
+        max_tokens=2,
+        log_path=log_path,
+        backend=BackendConfig(engine="torch"),
+        **options,
+    )
+
+
 asked: list[tuple[int, list[int]]] = []  # by call of get_batch: its index, and the steps that were logged
 
 
@@ -51,16 +64,7 @@ class LevelsBuilder(RLDatasetBuilder):
 def test_a_curriculum_sees_the_steps_before_its_batch_also_after_a_resume(tmp_path: Path, late: int):
     asked.clear()
     run = str(tmp_path / "run")
-    config = train.Config(
-        env=LevelsBuilder(run=run, batch_size=1, group_size=2),
-        model_name="tiny",
-        renderer_name="plain",
-        max_tokens=2,
-        max_steps=2,
-        max_steps_off_policy=late,
-        log_path=run,
-        backend=BackendConfig(engine="torch"),
-    )
+    config = tiny(LevelsBuilder(run=run, batch_size=1, group_size=2), run, max_steps=2, max_steps_off_policy=late)
     asyncio.run(train.main(config))
     asyncio.run(train.main(chz.replace(config, max_steps=4, behavior_if_log_dir_exists="resume")))
     assert [index for index, _ in asked] == [0, 1, 2, 3]
@@ -80,16 +84,8 @@ def test_a_reward_that_changes_the_working_directory_does_not_move_the_run(
         os.chdir(tmp_path / "elsewhere")
         return float(len(set(answer.text)))
 
-    config = train.Config(
-        env=SingleTurn([Problem("a", "b")], [reward], batch_size=1, group_size=2),
-        model_name="tiny",
-        renderer_name="plain",
-        max_tokens=2,
-        max_steps=1,
-        log_path="runs/x",
-        backend=BackendConfig(engine="torch"),
-    )
-    asyncio.run(train.main(config))
+    env = SingleTurn([Problem("a", "b")], [reward], batch_size=1, group_size=2)
+    asyncio.run(train.main(tiny(env, "runs/x", max_steps=1)))
     assert (tmp_path / "runs/x/checkpoints/final").is_dir() and (tmp_path / "runs/x/metrics.jsonl").read_text()
     assert not list((tmp_path / "elsewhere").iterdir())
 
@@ -99,16 +95,8 @@ def test_of_two_runs_at_once_one_has_the_folder(tmp_path: Path):
     def length(answer) -> float:
         return float(len(answer.text))
 
-    config = train.Config(
-        env=SingleTurn([Problem("a", "b")], [length], batch_size=1, group_size=2),
-        model_name="tiny",
-        renderer_name="plain",
-        max_tokens=2,
-        num_epochs=3,
-        log_path=str(tmp_path / "run"),
-        behavior_if_log_dir_exists="delete",
-        backend=BackendConfig(engine="torch"),
-    )
+    env = SingleTurn([Problem("a", "b")], [length], batch_size=1, group_size=2)
+    config = tiny(env, str(tmp_path / "run"), num_epochs=3, behavior_if_log_dir_exists="delete")
 
     async def both():
         return await asyncio.gather(train.main(config), train.main(config), return_exceptions=True)
