@@ -1,5 +1,5 @@
 """Figures of panels in one style: curves by label, thin for each seed and thick for their mean.
-A curve of very many steps is thin, with the means of equal bins in front. matplotlib is imported on
+A curve of many steps is thin, with the means of equal bins in front. matplotlib is imported on
 the first drawing, without a window system.
 """
 
@@ -21,7 +21,7 @@ COLUMNS = 3
 SHARE = (-0.03, 1.03)  # axis limits for shares
 SMALLEST_SPAN = 0.05  # of the largest value; smaller spans are noise
 SPARSE = 30  # fewer steps get markers
-DENSE, BINS = 1000, 200  # more steps are a blot: the means of about so many bins are drawn in front
+DENSE, BINS = 150, 60  # more steps hide the trend: the means of about so many bins are drawn in front
 Records = Sequence[Mapping[str, Any]]  # of a metrics.jsonl
 
 
