@@ -137,6 +137,8 @@ class Evidence:
             folder = folders[seed]
             if seed in due:
                 record["seeds"][str(seed)] = self.run_seed(row, seed, folder)
+                for moved in _moved(taken[seed], record["seeds"][str(seed)]):
+                    print(f"--- {row.name}, seed {seed}: {moved}: see the sentences beside the table", flush=True)
                 if row.picture and seed == row.seeds[-1]:
                     source, target = row.picture.split()
                     shutil.copy(folder / source, self.root / target)
@@ -259,6 +261,12 @@ class Evidence:
 def _lacking(row: Row, run: Mapping[str, Any]) -> list[str]:
     """Figures of the row that were not read when the seed was run."""
     return [label for label in row.metrics if label not in run["figures"]]
+
+
+def _moved(before: Mapping[str, Any] | None, after: Mapping[str, Any]) -> list[str]:
+    """Figures that differ from those before."""
+    old = before["figures"] if before else {}
+    return [f"{name}: {old[name]}, now {new}" for name, new in after["figures"].items() if old.get(name, new) != new]
 
 
 def _shown(value: float) -> str:

@@ -19,7 +19,7 @@ load_checkpoint_path is given.
     python recipes/rl_loop.py                          # two minutes on 2 cores
     python recipes/rl_loop.py group_size=16 steps=100 learning_rate=1e-4
 
-Expect greedy held-out accuracy to rise from about 0.75 after the warm start to above 0.92.
+Expect greedy held-out accuracy to rise from about 0.75 after the warm start to above 0.9.
 
 The file uses only the backend, with the names of the Tinker SDK: with that SDK only the imports and
 the two lines that make the client differ. Left out (see rl/): environments with several turns,

@@ -26,7 +26,8 @@ def clipped(loss_fn: str = "ppo", low: str = "0.8", high: str = "1.2") -> dict[s
 ALGORITHMS: dict[str, Algorithm] = {
     "importance_sampling": Algorithm(
         {"advantage": "group_mean", "loss_fn": "importance_sampling"},
-        "the default of the Tinker cookbook: centred rewards, no division by their deviation, one step per batch",
+        "the default of the Tinker cookbook's synchronous loop: centred rewards, no division by their deviation, one step per "
+        "batch",
     ),
     "reinforce": Algorithm(
         {"advantage": "batch_mean", "loss_fn": "reinforce"},

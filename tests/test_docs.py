@@ -4,6 +4,7 @@ A block that cannot be run here stands under a line `<!-- not executed: REASON -
 """
 
 import ast
+import functools
 import re
 import runpy
 import shlex
@@ -30,6 +31,7 @@ for page in sys.argv[1:]:
     runpy.run_path(page, run_name="__main__")
 """
 MARK = re.compile(r"<!-- not executed: \S.* -->")
+BESIDE_DOCS = [page for folder in ("recipes", "benchmarks") for page in sorted((ROOT / folder).rglob("*.md"))]
 
 
 def program(page: str) -> str:
@@ -50,6 +52,12 @@ def program(page: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def anchors(page: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.M), re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_blocks_keep_their_lines_and_only_a_reason_keeps_one_from_running():
     page = "# T\n```python\na = 1\n```\n<!-- not executed: needs a GPU -->\n```python\nb\n```\n```\nc\n```\n"
     page += "<!-- not executed: -->\n```python\nd = 2\n```\n"
@@ -58,12 +66,14 @@ def test_blocks_keep_their_lines_and_only_a_reason_keeps_one_from_running():
 
 # Trap: a page that names a file that was moved.
 @pytest.mark.parametrize(
-    "page", [ROOT / "ARCHITECTURE.md", ROOT / "CONTRIBUTING.md", *PAGES], ids=lambda page: page.name
+    "page", [*ROOT.glob("*.md"), *PAGES[1:], *BESIDE_DOCS], ids=lambda page: str(page.relative_to(ROOT))
 )
-def test_files_that_a_page_names_exist(page: Path):
-    """Links, and paths in backticks; those of ARCHITECTURE.md may be below posttrain/."""
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)\)", page.read_text())
-    assert [link for link in links if not (page.parent / link).exists()] == []
+def test_places_that_a_page_names_exist(page: Path):
+    """Files and headings of links, and paths in backticks; those of ARCHITECTURE.md may be below posttrain/."""
+    for link in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text()):
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists() and (not anchor or anchor in anchors(target)), link
     paths = re.findall(r"`((?:[a-z_]+/)+\w+\.(?:py|md))`", page.read_text())
     folders = (ROOT, ROOT / "posttrain", ROOT / "tests")
     assert [path for path in paths if not any((folder / path).exists() for folder in folders)] == []
@@ -91,16 +101,22 @@ def test_metrics_of_runs_are_on_their_page():
     assert len(named) > 40 and set(named) - set(page) == set()
 
 
+@functools.cache
+def docstrings() -> dict[Path, str]:
+    packages = ("benchmarks", "envs", "posttrain", "preference", "recipes", "rl", "supervised")
+    files = sorted(file for package in packages for file in (ROOT / package).rglob("*.py"))
+    return {file: ast.get_docstring(ast.parse(file.read_text())) or "" for file in files}
+
+
 def test_commands_in_docstrings_can_be_pasted():
     """A line has one command, which goes on in the next line after a backslash only."""
     command, second = (
         re.compile(r"\s+(python|torchrun|pip|rm|export) "),
         re.compile(r"(?<!&&) python (-m )?[a-z_]+[/.]"),
     )
-    packages = ("benchmarks", "envs", "posttrain", "preference", "recipes", "rl", "supervised")
     broken = []
-    for file in sorted(file for package in packages for file in (ROOT / package).rglob("*.py")):
-        lines = (ast.get_docstring(ast.parse(file.read_text())) or "").split("\n")
+    for file, text in docstrings().items():
+        lines = text.split("\n")
         for line, following in zip(lines, [*lines[1:], ""], strict=True):
             cut = not line.endswith("\\") and following.strip() and not command.match(following)
             if command.match(line) and (cut or line.endswith(" python")) or second.search(line.strip()):
@@ -109,11 +125,11 @@ def test_commands_in_docstrings_can_be_pasted():
 
 
 def page_commands() -> list[tuple[str, Path, list[str]]]:
-    """Of all pages, recipes' included: line, file and options of the commands that run_command parses."""
+    """Of all pages and docstrings: line, file and options of the commands that run_command parses."""
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     found = []
-    for page in [*PAGES, *sorted((ROOT / "recipes").rglob("README.md"))]:
-        for line in page.read_text().replace("\\\n", " ").splitlines():
+    for text in [*(page.read_text() for page in [*PAGES, *BESIDE_DOCS]), *docstrings().values()]:
+        for line in text.replace("\\\n", " ").splitlines():
             if not re.match(r" {4}([A-Z_]+=\S+ )*(python|posttrain-\w+) ", line) or re.search(r"\.\.\.|=my_\w+:", line):
                 continue
             words = [word for word in shlex.split(line, comments=True) if not re.match("[A-Z_]+=", word)]
@@ -126,7 +142,7 @@ def page_commands() -> list[tuple[str, Path, list[str]]]:
 
 
 # Trap: an option that was renamed, on a page that nobody types from.
-def test_commands_on_pages_have_the_options_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_of_pages_and_docstrings_have_the_options_they_name(monkeypatch: pytest.MonkeyPatch) -> None:
     parsed: list[object] = []
 
     def parse_only(main: object, config_class: type, *names: Any) -> None:
@@ -141,4 +157,4 @@ def test_commands_on_pages_have_the_options_they_name(monkeypatch: pytest.Monkey
             runpy.run_path(str(file), run_name="__main__")
         except CookbookError as error:
             raise AssertionError(f"{line}: {error}") from error
-    assert len(parsed) == len(commands_found) > 80
+    assert len(parsed) == len(commands_found) > 200

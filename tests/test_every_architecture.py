@@ -205,7 +205,7 @@ def listed() -> list[str]:
     rows = [
         f"| {what} | {', '.join(f'`{kind}`' for kind in kinds)} |" for what, kinds in sorted(found.items(), key=_order)
     ]
-    head = f"transformers {transformers.__version__}, {len(KINDS)} types:"
+    head = f"transformers {transformers.__version__}, {len(TYPES)} types:"
     return [head, "", "| what was found | `model_type` |", "| --- | --- |", *rows]
 
 

@@ -51,7 +51,10 @@ def seeds(evidence: Evidence) -> dict[str, dict]:
     return json.loads((evidence.records / "climb.json").read_text())["seeds"]
 
 
-def test_a_row_is_taken_once_and_again_when_its_code_changes(evidence: Evidence) -> None:
+# Trap: a table that is written anew, and a sentence beside it that still has the old figure.
+def test_a_row_is_taken_once_and_again_when_its_code_changes(
+    evidence: Evidence, capsys: pytest.CaptureFixture[str]
+) -> None:
     (row,) = evidence.rows
     assert evidence.state(row) == "missing: seeds 0, 1, 2"
     (evidence.root / "break").touch()
@@ -83,8 +86,11 @@ def test_a_row_is_taken_once_and_again_when_its_code_changes(evidence: Evidence)
         (evidence.records / "no_effect.json").write_text(json.dumps({commit: {"but for": [name], "seen": "run anew"}}))
         assert evidence.state(row).startswith(state)
     (evidence.records / "no_effect.json").unlink()
+    assert ", now " not in capsys.readouterr().out
     evidence.run(row)
     assert [run["figures"]["end"] for run in seeds(evidence).values()] == [-2, -1, 0]
+    moved = [line.partition(": see")[0] for line in capsys.readouterr().out.splitlines() if ", now " in line]
+    assert moved == [f"--- climb, seed {seed}: end: {2 + seed}, now {seed - 2}" for seed in row.seeds]
     assert evidence.state(row) == "current"
 
 

@@ -1,6 +1,6 @@
 """Trains the Belief State Transformer (Hu et al. 2025, arXiv 2410.23506) or its GPT baseline.
 
-    python recipes/belief_state/train.py  # G(2,3) over 12 labels: minutes of one core; runs/belief_state
+    python recipes/belief_state/train.py  # G(2,3) over 12 labels: 45 seconds of one core; runs/belief_state
     python recipes/belief_state/train.py model=gpt log_path=runs/gpt  # same data and blocks
     python recipes/belief_state/train.py preset=star_graph data.num_paths=5  # the paper's model on G(5,5): a GPU
     python recipes/belief_state/train.py preset=tinystories  # stories of the hub; data=text alone generates stories

@@ -1,7 +1,7 @@
 """DPO (Rafailov et al. 2023) and RPO (DPO plus the likelihood of the chosen answers), from the same
 warm start on the same pairs.
 
-    python recipes/dpo/train.py                       # two or three minutes on a CPU; runs/dpo_recipe
+    python recipes/dpo/train.py                       # 90 s of one core; runs/dpo_recipe
     python recipes/dpo/train.py num_epochs=2 nll_coef=0.2 seed=1 log_path=runs/again
 
 DPO may lower the likelihood of both answers, so that the policy gives neither; RPO keeps the chosen
