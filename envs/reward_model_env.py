@@ -4,18 +4,18 @@ A group is scored in one batched call. To add a reward model to an environment's
 preference.bradley_terry.RewardModelReward.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import chz
-import numpy as np
 
 from envs.completion_env import CompletionEnv, GoldReward, Prompt, PromptsBuilder, completions
 from posttrain.backend.ranges import NON_NEGATIVE
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.datasets import ListDataset, held_out
 from preference.reward_types import JudgeError, RewardModel, RewardModelBuilder
-from rl.types import Env, EnvGroupBuilder, Metrics, RLDataset, RLDatasetBuilder, Trajectory
+from rl.types import Env, EnvGroupBuilder, Metrics, RLDataset, RLDatasetBuilder, RolloutError, Trajectory
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,16 @@ class RewardModelGroupBuilder(EnvGroupBuilder):
 
     async def compute_group_rewards(
         self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]
-    ) -> list[tuple[float, Metrics]]:
-        scores_G = await self.reward_model.score([[*self.prompt, *answer] for answer in completions(envs_G)])
-        if not np.isfinite(scores_G).all():
-            raise JudgeError(f"the reward model scored {scores_G}: not all are finite")
-        return [(self.coef * score, {"proxy": score}) for score in scores_G]
+    ) -> list[tuple[float, Metrics] | RolloutError]:
+        scores_G = await self.reward_model.score_each([[*self.prompt, *answer] for answer in completions(envs_G)])
+        return [self._reward(score) for score in scores_G]
+
+    def _reward(self, score: float | RolloutError) -> tuple[float, Metrics] | RolloutError:
+        if isinstance(score, RolloutError):
+            return score
+        if not math.isfinite(score):
+            return JudgeError(f"the reward model scored {score}, which is not finite")
+        return self.coef * score, {"proxy": score}
 
 
 @chz.chz

@@ -9,12 +9,12 @@ For several turns, or observations of your own, write an Env (docs/first_env.md)
 import asyncio
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import chz
 
-from envs.problem import Problem, ProblemSet, Split
+from envs.problem import Grader, Problem, ProblemSet, Split
 from envs.problem_env import Overlong, apply_template, fit_problems
 from envs.rewards import Answer, Reward, RewardFunction, Value, as_rewards, correct_answer, weighted
 from envs.rubric import rubric
@@ -24,6 +24,7 @@ from posttrain.backend.types import ModelInput
 from posttrain.renderers.types import Message, Renderer
 from posttrain.tracking.command_line import load_named
 from posttrain.tracking.datasets import ListDataset, held_out
+from posttrain.tracking.settings import config_to_json
 from preference.endpoint import ChatEndpoint
 from rl.frozen_policy import FrozenPolicy
 from rl.types import (
@@ -112,8 +113,18 @@ class GivenProblems:
             raise ConfigError("dataset: give a ProblemSet, or a list of Problems")
 
     def __repr__(self) -> str:
-        texts = [(problem.question, problem.gold, problem.id, problem.tags) for problem in self.problems]
-        return f"{len(texts)} problems, sha256 {hashlib.sha256(repr(texts).encode()).hexdigest()[:16]}"
+        contents = [_content(problem) for problem in self.problems]
+        return f"{len(contents)} problems, sha256 {hashlib.sha256(repr(contents).encode()).hexdigest()[:16]}"
+
+
+def _content(problem: Problem) -> tuple[Any, ...]:
+    """A problem's texts, then what only some have: a solution, a grader of its own, a subclass's fields."""
+    texts, grader = (problem.question, problem.gold, problem.id, problem.tags), problem.grader
+    if type(problem) is Problem and type(grader) is Grader and problem.solution is None:
+        return texts
+    more = {field.name: getattr(problem, field.name) for field in fields(problem)}
+    more["grader"] = [type(grader), {name: value for name, value in vars(grader).items() if name[:1] != "_"}]
+    return *texts, config_to_json([type(problem), more])
 
 
 @chz.chz

@@ -28,11 +28,13 @@ from preference.reward_types import (
     RewardModel,
     RewardModelBuilder,
     SavedModel,
+    drop_too_long,
     no_loss,
+    too_long,
 )
 from preference.scored_tokens import scored_tokens
 from preference.types import Comparison, LabeledComparison
-from rl.types import BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup
+from rl.types import BatchReward, BatchRewardBuilder, Metrics, RolloutError, TrajectoryGroup
 from supervised.examples import by_processes
 from supervised.train import Objective, Pass
 from supervised.types import SupervisedDataset
@@ -66,14 +68,23 @@ class ScalarModel(RewardModel):
             [scored_tokens(self.renderer, conversation)[0] for conversation in conversations_D]
         )
 
+    async def score_each(self, conversations_D: Sequence[Sequence[Message]]) -> list[float | RolloutError]:
+        tokens_D = [scored_tokens(self.renderer, conversation)[0] for conversation in conversations_D]
+        errors_D = [too_long(len(tokens), self.max_length) for tokens in tokens_D]
+        pairs = zip(tokens_D, errors_D, strict=True)
+        scores = iter(await self.score_tokens([tokens for tokens, error in pairs if not error]))
+        return [error or next(scores) for error in errors_D]
+
+    @property
+    def max_length(self) -> int:
+        return self.client.get_info().max_length
+
     async def score_tokens(self, tokens_D: Sequence[Sequence[int]]) -> list[float]:
         """Scores of rendered conversations. ContextLengthError if one exceeds the context."""
         if not tokens_D:
             return []
-        if (longest := max(map(len, tokens_D))) > (limit := self.client.get_info().max_length):
-            raise ContextLengthError(
-                f"a conversation has {longest} tokens, the reward model's context {limit}: lower max_tokens"
-            )
+        if error := too_long(max(map(len, tokens_D)), self.max_length):
+            raise ContextLengthError(str(error))
         output = await self.client.forward([last_token_datum(tokens) for tokens in tokens_D], no_loss)
         return [float(out["scalars"].array[-1]) for out in output.loss_fn_outputs]
 
@@ -195,12 +206,13 @@ def _sides(renderer: Renderer, labeled_D: Sequence[LabeledComparison]) -> list[l
 
 class ScalarBatchReward:
     """Adds coef * r to every finished trajectory of a step, by one forward pass over its last
-    prompt and the tokens sampled after it."""
+    prompt and the tokens sampled after it. What exceeds the model's context leaves its group."""
 
     def __init__(self, model: ScalarModel, coef: float):
         self.model, self.coef = model, coef
 
     async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
+        drop_too_long(groups_P, self.model.max_length)
         members = [
             (group, g) for group in groups_P for g, member in enumerate(group.trajectories_G) if member.transitions
         ]

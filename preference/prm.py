@@ -19,7 +19,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import Datum, ModelInput
 from posttrain.renderers.types import Renderer, Tokenizer
-from preference.reward_types import SavedModel, no_loss
+from preference.reward_types import SavedModel, drop_too_long, no_loss
 from preference.steps import Malformed, StepFormat, split_response
 from rl.types import BatchReward, BatchRewardBuilder, Metrics, TrajectoryGroup, Transition
 
@@ -61,6 +61,10 @@ class ProcessRewardModel:
         self, client: TrainingClient, renderer: Renderer, form: StepFormat, malformed_logit: float = MALFORMED_LOGIT
     ):
         self.client, self.renderer, self.form, self.malformed_logit = client, renderer, form, malformed_logit
+
+    @property
+    def max_length(self) -> int:
+        return self.client.get_info().max_length
 
     async def score(self, responses_D: Sequence[tuple[list[int], list[int]]]) -> list[StepScores]:
         """Scores of every step of (prompt tokens, response tokens), in one forward pass."""
@@ -114,12 +118,14 @@ Scored = tuple[int, Transition, StepScores]
 
 
 class ProcessReward:
-    """Scores all trajectories of a step in one forward pass."""
+    """Scores all trajectories of a step in one forward pass. What exceeds the model's context leaves its
+    group."""
 
     def __init__(self, model: ProcessRewardModel, config: "PrmReward"):
         self.model, self.config = model, config
 
     async def __call__(self, groups_P: Sequence[TrajectoryGroup]) -> Metrics:
+        drop_too_long(groups_P, self.model.max_length)
         turns_P_G = [[_only_turn(t.transitions) for t in group.trajectories_G] for group in groups_P]
         asked_D = [(turn.ob.to_ints(), turn.ac.tokens) for turns_G in turns_P_G for turn in turns_G if turn]
         scores_D = await self.model.score(asked_D)

@@ -22,7 +22,7 @@ from posttrain.renderers.types import Message, Renderer, Tokenizer
 from posttrain.tracking.model_source import find_model
 from preference.types import Comparison
 from rl import step_checks
-from rl.types import MalformedStep, RolloutError
+from rl.types import MalformedStep, RolloutError, TrajectoryGroup
 
 # in [-1, 1]: 1 = B is better, -1 = A is, 0 = neither
 Judge = Callable[[Comparison], Awaitable[float]]
@@ -52,6 +52,10 @@ class RewardModel(ABC):
     @abstractmethod
     async def score(self, conversations_D: Sequence[Sequence[Message]]) -> list[float]:
         """A finite number for the last answer of each conversation; more is better."""
+
+    async def score_each(self, conversations_D: Sequence[Sequence[Message]]) -> list[float | RolloutError]:
+        """The same, with an error in the place of what cannot be scored."""
+        return [*await self.score(conversations_D)]
 
     async def __call__(self, prompt: Sequence[Message], completion: Sequence[Message]) -> float:
         return (await self.score([[*prompt, *completion]]))[0]
@@ -83,6 +87,22 @@ def judged(answered: object, least: float) -> float | None:
         if least <= (score := step_checks.reward(answered)) <= 1:
             return score
     return None
+
+
+def too_long(tokens: int, max_length: int) -> JudgeError | None:
+    """The error of a conversation that exceeds the context of the model that scores it."""
+    if tokens <= max_length:
+        return None
+    return JudgeError(f"a conversation has {tokens} tokens, the reward model's context {max_length}: lower max_tokens")
+
+
+def drop_too_long(groups_P: Sequence[TrajectoryGroup], max_length: int) -> None:
+    """Members whose last prompt and answer exceed the context leave their groups."""
+    for group in groups_P:
+        for g in reversed(range(len(group.trajectories_G))):
+            turns = group.trajectories_G[g].transitions
+            if turns and (error := too_long(turns[-1].ob.length + len(turns[-1].ac.tokens), max_length)):
+                group.drop_member(g, error)
 
 
 @chz.chz

@@ -59,7 +59,7 @@ async def call(
 ) -> T:
     """`check(await owner.method(*arguments, **keywords))`. Raises RolloutError, unless the run
     itself is cancelled or interrupted."""
-    watch, call_name = _Watch(seconds, clock), f"{_name(owner)}.{method}"
+    watch, call_name = _Watch(seconds, clock), f"{_name(owner)}.{_written(owner, method)}"
     try:
         with span("env"):
             result = _checked(
@@ -87,6 +87,11 @@ async def call(
 def _name(owner: object) -> str:
     """The class that was written for the task: of messages (message_env.py) the one inside."""
     return type(getattr(owner, "message_env", owner)).__name__
+
+
+def _written(owner: object, method: str) -> str:
+    """The method of that class: `initial_observation` is the adapter's own."""
+    return "initial_messages" if hasattr(owner, "message_env") and method == "initial_observation" else method
 
 
 def _checked(check: Callable[[Any], T], owner: object, method: str, result: object) -> T:

@@ -207,14 +207,17 @@ async def _play_group(
             ]
     except BaseExceptionGroup as errors:
         raise_first(errors)
-    none = [0.0] * len(envs_G), [{} for _ in envs_G]
-    group = TrajectoryGroup([player.result() for player in players], *none, builder=builder)
+    played_G = [player.result() for player in players]
+    group = TrajectoryGroup([*played_G], [0.0] * len(envs_G), [{} for _ in envs_G], builder=builder)
     try:
         await add_group_rewards(group, envs_G, limits)
+        if group.errors:
+            raise group.errors[0]
     except RolloutError as error:
         if len(envs_G) > 1:
             raise
         print(f"without the group's rewards, of which a single attempt has none: {error}")
+        group = TrajectoryGroup(played_G, [0.0], [{}])
     rewards_G = group.get_total_rewards()
     for seat, reward, metrics in zip(seats_G, rewards_G, group.metrics_G, strict=True):
         print(f"{seat}total reward {reward:g}{_listed(metrics)}")

@@ -364,7 +364,7 @@ async def add_group_rewards(group: TrajectoryGroup, envs_G: Sequence[Env], limit
     copies_G = [trajectory.copy() for trajectory in group.trajectories_G]
     turns_G = [copy.transitions.copy() for copy in copies_G]
     check = partial(step_checks.group_rewards, builder, turns_G, copies_G)
-    rewards_G, metrics_G, kept_G = await _call_builder(
+    rewards_G, metrics_G, kept_G, lost = await _call_builder(
         builder, check, limits, "compute_group_rewards", [*copies_G], envs_G
     )
     for g, kept in enumerate(kept_G):
@@ -372,6 +372,10 @@ async def add_group_rewards(group: TrajectoryGroup, envs_G: Sequence[Env], limit
         rewards_G[g] += sum(turn.reward for turn, is_kept in zip(turns, kept, strict=True) if not is_kept)
         group.trajectories_G[g].transitions = [turn for turn, is_kept in zip(turns, kept, strict=True) if is_kept]
     group.final_rewards_G, group.metrics_G = rewards_G, metrics_G
+    for g in reversed(lost):
+        group.drop_member(g, lost[g])
+    if lost:
+        lose_game(group)
 
 
 def lose_game(group: TrajectoryGroup) -> None:

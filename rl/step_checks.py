@@ -27,6 +27,7 @@ from rl.types import (
     Observation,
     RLDataset,
     RLDatasetBuilder,
+    RolloutError,
     StepResult,
     StopCondition,
     Trajectory,
@@ -224,20 +225,22 @@ def environments(builder: EnvGroupBuilder, result: object) -> list[Env]:
 
 def group_rewards(
     builder: EnvGroupBuilder, turns_G: Sequence[Sequence[Transition]], seen_G: Sequence[Trajectory], result: object
-) -> tuple[list[float], list[Metrics], list[list[bool]]]:
-    """Rewards, metrics, and the turns of `turns_G` left in the trajectories (`seen_G`)."""
+) -> tuple[list[float], list[Metrics], list[list[bool]], dict[int, RolloutError]]:
+    """Rewards, metrics, the turns of `turns_G` left in the trajectories (`seen_G`), and the errors of members
+    without a reward."""
     name = f"{type(builder).__name__}.compute_group_rewards"
     if not isinstance(result, Sequence) or isinstance(result, str):
         raise MalformedStep(f"{name} returned {result!r:.100}, not a list of rewards and metrics")
     if len(result) != len(seen_G):
         raise MalformedStep(f"{name} returned {len(result)} rewards for {len(seen_G)} trajectories")
+    lost = {g: item for g, item in enumerate(result) if isinstance(item, RolloutError)}
     try:
-        pairs_G = [reward_and_metrics(item) for item in result]
+        pairs_G = [(0.0, {}) if g in lost else reward_and_metrics(item) for g, item in enumerate(result)]
     except MalformedStep as error:
         raise MalformedStep(f"{name}: {error}") from error
     left_G = [{id(turn) for turn in seen.transitions} for seen in seen_G]
     kept_G = [[id(turn) in left for turn in turns] for turns, left in zip(turns_G, left_G, strict=True)]
-    return [reward for reward, _ in pairs_G], [metrics for _, metrics in pairs_G], kept_G
+    return [reward for reward, _ in pairs_G], [metrics for _, metrics in pairs_G], kept_G, lost
 
 
 def tags(builder: EnvGroupBuilder, result: object) -> list[str]:

@@ -44,7 +44,7 @@ from rl.kl import Reference, kl_metrics, penalized_advantages, penalized_rewards
 from rl.length import length_penalized
 from rl.metrics import TokenMean, compute_sampling_metrics, mean_by_key
 from rl.mismatch import corrected
-from rl.rollouts import lose_game
+from rl.rollouts import check_failures, lose_game
 from rl.types import BatchReward, Metrics, TrajectoryGroup
 
 T = TypeVar("T")
@@ -106,6 +106,8 @@ async def train_step(
     passes.optim_step()
     with timed(metrics, "train"):
         metrics |= await passes.metrics(step, outcome) | metrics_of_step(of_minibatches)
+    if learner.batch_reward:  # it may have dropped members
+        check_failures(outcome.groups_P, config.limits)
     metrics |= _group_counts(outcome, source)
     return outcome
 

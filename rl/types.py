@@ -211,10 +211,11 @@ class EnvGroupBuilder(ABC):
 
     async def compute_group_rewards(
         self, trajectories_G: list[Trajectory], envs_G: Sequence[Env]
-    ) -> list[tuple[float, Metrics]]:
-        """A reward and metrics for each finished trajectory, added to the step rewards. The
-        trajectories are copies: a turn removed from a copy (no move) is not trained on, though its
-        reward counts; other changes have no effect."""
+    ) -> Sequence[tuple[float, Metrics] | RolloutError]:
+        """A reward and metrics for each finished trajectory, added to the step rewards, or a RolloutError
+        in the place of one that cannot be scored: that member alone is lost. The trajectories are
+        copies: a turn removed from a copy (no move) is not trained on, though its reward counts; other
+        changes have no effect."""
         return [(0.0, {}) for _ in trajectories_G]
 
     def logging_tags(self) -> list[str]:

@@ -166,7 +166,13 @@ def test_what_a_user_may_write(argv, expected):
         (["learning_rate=0"], "learning_rate must be positive"),
         (["env=words"], "env.path"),
         (["--learning-rate"], "write learning_rate=VALUE"),
-        (["env", "sums"], "cannot read 'env'; options are written key=value"),
+        (["env", "sums"], "cannot read 'env'; options are written key=value (--help"),
+        (["learning_rate", "=", "3"], "options are written key=value, without spaces around the ="),
+        (["config=run.yaml"], "unknown option 'config'; there are no files of options: write them as key=value"),
+        (["env='sums'"], "env='sums': no such name; the quotes are part of it: your shell did not take them away; did"),
+        (["env=SUMS"], "env=SUMS: no such name; did you mean sums?"),
+        (["env.zzzzzzzzzzzzzz=3"], "unknown option 'env.zzzzzzzzzzzzzz'; --help"),
+        (["baseline.divide_by_std=yes"], "baseline.divide_by_std=yes: expected true | false"),
     ],
 )
 def test_a_mistake_gets_one_line(argv, message):

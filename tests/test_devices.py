@@ -19,7 +19,7 @@ from posttrain.backend.memory import GIB, kv_cache_bytes, sequence_bytes
 from posttrain.backend.memory_plan import free_bytes, planned
 from posttrain.backend.models import model_config
 from posttrain.backend.placement import check_placement
-from posttrain.backend.random_state import OwnTorchGenerators, seed_of
+from posttrain.backend.random_state import OwnTorchGenerators, drawn_from, seed_of
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.vllm_engine import NO_SPLIT_SUMS, VllmEngine, _model_folder, _set_environment
@@ -78,6 +78,16 @@ def test_a_seed_of_several_numbers_differs_in_its_low_bits() -> None:
     seeds = [seed_of(*numbers) for n in range(5000) for numbers in ((n,), (0, n), (n, 0), (n << 32,))]
     assert len({seed % 2**32 for seed in seeds}) > len(seeds) - 10 and max(seeds) < 2**63  # few meet by chance
     assert seed_of(0, 1, 2) == seed_of(0, 1, 2)
+
+
+def test_weights_of_seeds_that_differ_from_bit_32_on_differ() -> None:
+    def drawn(seed: int) -> float:
+        with drawn_from(seed):
+            return torch.rand(()).item()
+
+    seeds = [7, 7 + 2**32, 7 + 2**40]
+    assert len({drawn(seed) for seed in seeds}) == 3
+    assert drawn(2**32 - 1) == torch.rand((), generator=torch.Generator().manual_seed(2**32 - 1)).item()
 
 
 def test_apples_gpu_is_taken_on_request(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

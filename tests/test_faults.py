@@ -190,11 +190,14 @@ def test_a_game_that_lost_a_seat_is_lost_whole(torch_service) -> None:  # noqa: 
 
 @chz.chz
 class DropsAMember(BatchRewardBuilder):
+    groups: int = 1
+
     async def __call__(
         self, service: ServiceClient, training_client: TrainingClient, renderer: Renderer
     ) -> BatchReward:
         async def reward(groups_P: Sequence[TrajectoryGroup]) -> Metrics:
-            groups_P[0].drop_member(1, RolloutError("the judge is down"))
+            for group in groups_P[: self.groups]:
+                group.drop_member(1, RolloutError("the judge is down"))
             return {}
 
         return reward  # type: ignore[return-value]
@@ -230,6 +233,21 @@ def test_a_batch_reward_that_drops_a_seat_loses_its_game(tmp_path: Path) -> None
         record["train/groups_constant"] == 2 and record["env/all/by_group/frac_mixed"] == 0
     )  # of the two that are left
     assert record["rollout_errors/RolloutError"] == 1 and record["rollout_errors/SeatLost"] == 3
+
+
+# Trap: a run that goes on, though a reward model can score hardly any answer.
+def test_a_batch_reward_that_drops_too_many_ends_the_run(tmp_path: Path) -> None:
+    settings = train.Config(
+        env=GameBuilder(batch_size=3, group_size=4),
+        advantage=SeatMean(),
+        batch_reward=DropsAMember(groups=2),
+        max_tokens=1,
+        limits=RolloutLimits(max_turns=1),
+        log_path=str(tmp_path),
+        backend=BackendConfig(engine="torch"),
+    )
+    with pytest.raises(RolloutError, match="the judge is down"):
+        asyncio.run(train.main(settings))
 
 
 def test_a_thousand_environments_run_at_once_in_one_process(torch_service) -> None:  # noqa: ANN001

@@ -272,6 +272,19 @@ def test_a_method_of_a_message_env_that_is_not_async_is_named(method: str):
         roll_out(PlainRenderer(TOKENIZER), Careless(), [say("a")], max_turns=1)
 
 
+@pytest.mark.parametrize("method", ["initial_messages", "step", "cut_short", "close"])
+def test_a_method_of_a_message_env_that_raises_is_named(method: str):
+    class Careless(Echo):
+        pass
+
+    async def careless(self, *_):
+        raise OSError("no disk")
+
+    setattr(Careless, method, careless)
+    with pytest.raises(RolloutError, match=f"Careless.{method} raised OSError: no disk"):
+        roll_out(PlainRenderer(TOKENIZER), Careless(), [say("a"), say("b")], max_turns=1)
+
+
 def test_each_member_of_a_group_needs_a_message_env_of_its_own():
     def error_of(thunk) -> str:
         with pytest.raises(MalformedStep) as raised:

@@ -23,6 +23,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message, Renderer, Tokenizer
+from preference.bradley_terry import ScalarModel
 from preference.judges import EndpointJudge, EndpointJudgeBuilder, RuleJudge
 from preference.reward_types import Judge, JudgeBuilder, JudgeError, RewardModel, judge_all
 from preference.types import Comparison
@@ -116,6 +117,22 @@ def test_a_group_is_scored_by_a_reward_model_in_one_call(renderer):
     group = rolled_out(builder, [" a", " bbb", " cc|"])
     assert model.calls == 1 and group.get_total_rewards() == pytest.approx([1.0, 2.0, 1.5 - 1.0])
     assert [metrics["proxy"] for metrics in group.metrics_G] == [2.0, 4.0, 3.0]
+
+
+def test_only_members_that_cannot_be_scored_are_lost(renderer, torch_service):
+    class Odd(RewardModel):
+        async def score(self, conversations_D: Sequence[Sequence[Message]]) -> list[float]:
+            return [float("nan"), 1.0, float("inf"), 2.0]
+
+    group = rolled_out(RewardModelGroupBuilder(prompt("Ada"), renderer, Odd(), num_envs=4), [" a", " b", " c", " d"])
+    assert group.get_total_rewards() == [1.0, 2.0] and [type(error) for error in group.errors] == [JudgeError] * 2
+    scalar = ScalarModel(torch_service.create_scalar_client("tiny"), renderer)
+    builder = RewardModelGroupBuilder(prompt("Ada"), renderer, scalar, num_envs=3)
+    group = rolled_out(builder, [" a", " b" * 300, " c"])
+    assert group.get_total_rewards() == [0.0, 0.0]  # of the untrained model
+    assert "the reward model's context 512" in str(group.errors[0]) and len(group.errors) == 1
+    lost = rolled_out(builder, [" b" * 300] * 3)
+    assert lost.trajectories_G == [] and len(lost.errors) == 3
 
 
 # --- win rate -----------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from preference.bradley_terry import (
     BradleyTerryJudge,
     PreferencePairsBuilder,
     RewardModelReward,
+    ScalarBatchReward,
     ScalarModel,
     ScalarModelBuilder,
     bradley_terry,
@@ -32,6 +33,7 @@ from preference.bradley_terry import (
 )
 from preference.comparisons import LabeledBuilder
 from preference.label_model import LABELS, LabelExamplesBuilder, LabelFormat, LabelModel, LabelModelBuilder, question
+from preference.prm import PrmReward, ProcessReward, ProcessRewardModel
 from preference.prm_labels import StepRecord
 from preference.reward_evaluation import Evaluation, evaluate_judge, length_baseline
 from preference.reward_types import JudgeError, PreferenceModel, RewardModel, judge_all
@@ -259,6 +261,22 @@ def rolled_out(renderer, answer: str) -> Trajectory:
     tokens = renderer.tokenizer.encode(answer) + [renderer.tokenizer.eos_token_id]
     action = TokensWithLogprobs(tokens, [0.0] * len(tokens))
     return Trajectory([Transition(renderer.build_generation_prompt(said("user", "q")), action, 0.0, True)])
+
+
+@pytest.mark.parametrize("reward", ["scalar", "process"])
+def test_a_member_too_long_for_the_reward_model_leaves_its_group(reward: str, torch_service):
+    renderer, client = get_renderer("plain", load_tokenizer("tiny")), torch_service.create_scalar_client("tiny")
+    scored = (
+        ScalarBatchReward(ScalarModel(client, renderer), 1.0)
+        if reward == "scalar"
+        else ProcessReward(ProcessRewardModel(client, renderer, StepFormat()), PrmReward(path=""))
+    )
+    answers = ["1\n\n2", "x" * 600, "3\n\n4"]
+    group = TrajectoryGroup([rolled_out(renderer, answer) for answer in answers], [0.0] * 3, [{}, {}, {}])
+    kept = [group.trajectories_G[0], group.trajectories_G[2]]
+    asyncio.run(scored([group]))
+    assert group.trajectories_G == kept and len(group.final_rewards_G) == len(group.metrics_G) == 2
+    assert [type(error) for error in group.errors] == [JudgeError] and "context 512" in str(group.errors[0])
 
 
 def test_a_label_model_learns_by_the_supervised_loop_and_is_opened_by_path(tmp_path):

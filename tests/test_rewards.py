@@ -7,15 +7,16 @@ import json
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pytest
 
-from envs.problem import Problem
+from envs.problem import Grader, Problem
 from envs.rewards import Answer, Value, compared, correct_answer, finished, group_reward, weighted
 from envs.rubric import Criterion, LanguageJudge, read_criteria, rubric
-from envs.single_turn import QuestionFile, RubricBuilder, SingleTurn
+from envs.single_turn import GivenProblems, QuestionFile, RubricBuilder, SingleTurn
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.tokenizers import load_tokenizer
@@ -278,6 +279,27 @@ def test_settings_are_equal_from_run_to_run_and_hold_the_rubric():
     assert made[0] == made[1] and "0x" not in json.dumps(made)
     other = config_to_json(SingleTurn([Problem("bee: ", "bee")], [finished, rubric({"a": "y"}, vowels)]))
     assert other["problems"] != made[0]["problems"] and other["rewards"] != made[0]["rewards"]
+
+
+class Near(Grader):
+    def __init__(self, tolerance: float):
+        self.tolerance = tolerance
+
+
+@dataclass(frozen=True)
+class Timed(Problem):
+    seconds: int = 1
+
+
+def test_settings_tell_problems_apart_by_all_that_they_hold():
+    """Trap: another grader, solution or subclass's field resumes the run of the first."""
+    variants = [{}, {"gold": "ant."}, {"solution": "ant"}, {"tags": ("a",)}, {"grader": Near(1)}, {"grader": Near(2)}]
+    problems = [Problem(**({"question": "ant: ", "gold": "ant"} | variant)) for variant in variants]
+    problems += [Timed("ant: ", "ant"), Timed("ant: ", "ant", seconds=2)]
+    texts = [repr(GivenProblems([problem])) for problem in problems]
+    assert len(set(texts)) == len(problems)
+    assert texts[4] == repr(GivenProblems([Problem("ant: ", "ant", Near(1))]))
+    assert texts[0] == "1 problems, sha256 67f256d515f26245"  # as runs of earlier versions have it
 
 
 def test_questions_from_a_file(tmp_path):

@@ -206,6 +206,8 @@ class ConstantScores:
     for with 0.5.
     """
 
+    max_length = 100
+
     async def score_tokens(self, tokens_D: Sequence[Any]) -> list[float]:
         return [0.5 for _ in tokens_D]
 

@@ -201,6 +201,8 @@ def check_is_checkpoint(path: Path) -> None:
     for parent, says in ((path / "checkpoints", "a run's folder"), (path, "a folder of checkpoints")):
         if checkpoints := checkpoints_in(parent):
             raise CheckpointError(f"{path} is {says}, not a checkpoint: give its last one, {checkpoints[-1]}")
+    if path.is_file() and not _is_checkpoint(path.parent):
+        raise CheckpointError(f"{path} is a file: give the folder of a checkpoint")
     if path.is_file() or path.name == STATE_FOLDER:
         raise CheckpointError(f"{path} is a part of a checkpoint: give its folder, {path.parent}")
     kind = f"not a checkpoint (it has none of {', '.join(sorted(MODEL_FILES))})"

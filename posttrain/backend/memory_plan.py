@@ -302,8 +302,8 @@ def check_fits(run: PlannedRun, model_name: str, free: int | None = None) -> Non
         return
     purpose = "trained and sampled" if run.samples else "trained"
     too_few = (
-        f"{model_name!r} needs {run.plan.peak / GIB:.1f} GiB to be {purpose} in micro-batches of "
-        f"{run.backend.micro_batch_tokens} tokens, and {free / GIB:.1f} GiB of memory are free: "
+        f"{model_name!r} needs {run.plan.peak / GIB:.1f} GiB to be {purpose} in full micro-batches of "
+        f"{run.backend.micro_batch_tokens} tokens (less where a step has fewer), and {free / GIB:.1f} GiB of memory are free: "
         f"{(run.plan.peak - free) / GIB:.1f} too few. {advice(run, free)}"
     )
     if run.smallest().plan.peak > free:

@@ -24,7 +24,7 @@ def drawn_from(seed: int) -> Iterator[None]:
     """Weights made inside depend on `seed` only (all are made on the CPU)."""
     with _in_use, torch.random.fork_rng(devices=[]):
         # torch.manual_seed would also reseed every GPU, for good
-        torch.default_generator.manual_seed(seed)
+        torch.default_generator.manual_seed(seed if seed < 2**32 else seed_of(seed))
         yield
 
 

@@ -204,15 +204,6 @@ class ShardedTrainer(Trainer):
         dist.all_reduce(squares)
         return squares.sqrt()
 
-    def _clip(self, stepped: Iterable[nn.Parameter], limit: float, grad_norm: torch.Tensor) -> None:
-        if not self.shards:
-            super()._clip(stepped, limit, grad_norm)
-            return
-        factor = (limit / (grad_norm + 1e-6)).clamp(max=1.0)
-        for p in stepped:
-            if p.grad is not None:
-                ranks.local(p.grad).mul_(factor)
-
     # --- weights out -----------------------------------------------------------------------------
 
     @torch.no_grad()

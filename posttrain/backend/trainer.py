@@ -4,6 +4,7 @@ RL compares logprobs of one distribution.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -397,11 +398,12 @@ class Trainer:
         self.trained.hand_over_gradients()
         stepped = self.trained.stepped.values()
         grad_norm = self._grad_norm([p.grad for p in stepped if p.grad is not None])
-        if not torch.isfinite(grad_norm):
+        norm = float(grad_norm)  # read here: at the end it would wait for the step, too
+        if not math.isfinite(norm):
             self.zero_grad()
             raise NonFiniteError("the gradient is not finite; the step was not applied")
         if adam.grad_clip_norm > 0:
-            self._clip(stepped, adam.grad_clip_norm, grad_norm)
+            nn.utils.clip_grads_with_norm_(stepped, adam.grad_clip_norm, grad_norm)
         for group in self.trained.optimizer.param_groups:
             group.update(
                 lr=adam.learning_rate, betas=(adam.beta1, adam.beta2), eps=adam.eps, weight_decay=adam.weight_decay
@@ -412,13 +414,10 @@ class Trainer:
             self.trained.optimizer.step()
             self.trained.masters_to_weights()
         self.zero_grad()
-        return OptimStepResponse({"grad_norm": float(grad_norm)})
+        return OptimStepResponse({"grad_norm": norm})
 
     def _grad_norm(self, grads: list[torch.Tensor]) -> torch.Tensor:
         return nn.utils.get_total_norm(grads)
-
-    def _clip(self, stepped: Iterable[nn.Parameter], limit: float, grad_norm: torch.Tensor) -> None:
-        nn.utils.clip_grads_with_norm_(stepped, limit, grad_norm)
 
     def zero_grad(self) -> None:
         self.trained.zero_grad()

@@ -109,7 +109,8 @@ def _as_tensor_data(value: Any) -> TensorData:
 class SamplingParams:
     """`stop`: None stops at EOS; strings or token ids stop there and at EOS; [] never stops.
     `top_k` -1 or 0 means all tokens. `temperature` 0 takes the most likely token, with its logprob at
-    temperature 1 among all tokens. RangeError for numbers out of range, and for other stops."""
+    temperature 1 among all tokens. Of `seed` torch's generators on a CPU read the 32 low bits.
+    RangeError for numbers out of range, and for other stops."""
 
     max_tokens: int | None = None
     seed: int | None = None

@@ -143,6 +143,8 @@ def type_text(kind: Any) -> str:
         return " | ".join(str(member.value) for member in kind)
     if kind is type(None):
         return "None"
+    if kind is bool:
+        return "true | false"
     if get_origin(kind) is Callable:
         return "module:function"
     return kind.__name__ if isinstance(kind, type) and not get_args(kind) else type_repr(kind)

@@ -147,7 +147,8 @@ def _key_values(argv: list[str]) -> dict[str, str]:
             if value.startswith("--") or "=" in value:
                 raise ConfigError(f"{key} has no value; write {key.lstrip('-').replace('-', '_')}=VALUE")
         elif not equals or not key or (key.startswith("-") and not dashes):
-            raise ConfigError(f"cannot read {argument!r}; options are written key=value (--help lists them)")
+            spaced = ", without spaces around the =" if "=" in argv else ""
+            raise ConfigError(f"cannot read {argument!r}; options are written key=value{spaced} (--help lists them)")
         given[key.removeprefix("--").replace("-", "_") if dashes else key] = value
     return given
 

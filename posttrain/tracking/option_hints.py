@@ -40,10 +40,13 @@ USUAL_NAMES: Mapping[str, tuple[str, ...]] = {
         "checkpoint init_from": "load_checkpoint_path",
         "resume overwrite": "behavior_if_log_dir_exists",
         "temp": "temperature",
+        "loss_type": "loss_fn method",
+        "adv_estimator algorithm.adv_estimator": "algorithm advantage",
         "backend.weight_sync": "backend.sync_dir",  # of earlier versions: files are the only way
     }.items()
     for theirs in names.split()
 }
+CONFIG_FILES = ("config", "config_file", "config_path", "cfg", "yaml")
 # first parts of options, and the commands that have them
 OTHER_COMMANDS: Mapping[str, str] = {
     "dataset": "supervised/train_cli.py and preference/train_cli.py",
@@ -55,8 +58,9 @@ OTHER_COMMANDS: Mapping[str, str] = {
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, [*known], n=1, cutoff=0.5)
-    return f"did you mean {near[0]}? " if near else ""
+    by_lower = {one.lower(): one for one in known}  # papers write GRPO
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.5)
+    return f"did you mean {by_lower[near[0]]}? " if near else ""
 
 
 def option_meant(key: str, parameters: Mapping[str, Any]) -> str:
@@ -67,12 +71,15 @@ def option_meant(key: str, parameters: Mapping[str, Any]) -> str:
         whole, last = (difflib.SequenceMatcher(a=left, b=right).ratio() for left, right in pairs)
         return max(whole, last) + 0.01 * whole  # among equals, the one at the same place
 
+    if key in CONFIG_FILES:
+        return "there are no files of options: write them as key=value; "
     if usual := [path for path in USUAL_NAMES.get(key.strip("."), ()) if path in parameters]:
         return f"did you mean {' or '.join(usual)}? "
     best = sorted(parameters, key=likeness, reverse=True)[:3]
     if best := [path for path in best if likeness(path) > max(0.65, likeness(best[0]) - 0.15)]:
         return f"did you mean {' or '.join(best)}? "
-    elsewhere = OTHER_COMMANDS.get(key.partition(".")[0])
+    first = key.partition(".")[0]
+    elsewhere = None if first in parameters else OTHER_COMMANDS.get(first)
     return f"it is one of {elsewhere}; " if elsewhere else ""
 
 
@@ -86,6 +93,8 @@ def unknown_name(path: str, value: str, names: Mapping[str, str]) -> str:
         hint = f"did you mean {module}:{last}? "
     elif value in PREFERENCE_SETS:
         hint = f"it is a set of preferences: preference/train_cli.py dataset={value}; "
+    elif value[:1] in ("'", '"'):
+        hint = f"the quotes are part of it: your shell did not take them away; {hint}"
     elif "/" in value and "huggingface" in names:
         hint = f"a data set of the hub is {path}=huggingface {path}.name={value}; "
     fault = "no such name"
