@@ -5,6 +5,7 @@ posttrain-runs lists, compares and deletes.
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from posttrain.backend.config import BackendConfig
@@ -79,6 +80,24 @@ def test_a_full_model_keeps_its_function_and_loses_its_training_state(folders: d
     assert {tensor.dtype for tensor in load_file(half / "model.safetensors").values()} == {torch.bfloat16}
     rounded = {name: tensor.bfloat16() for name, tensor in load_file(out / "model.safetensors").items()}
     assert all(torch.equal(rounded[name], tensor) for name, tensor in load_file(half / "model.safetensors").items())
+
+
+# Trap: weights beyond 65,504, infinite in a folder that loads everywhere.
+@pytest.mark.parametrize("name", ["full", "adapter"])
+def test_weights_beyond_float16_are_refused(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    shutil.copytree(folders[name] / "checkpoints/final", large)
+    (file,) = (large / f for f in ("model.safetensors", "adapter_model.safetensors") if (large / f).exists())
+    weights = load_file(file)
+    first = next(tensor for key, tensor in weights.items() if "down_proj" in key and "lora_A" not in key)
+    first.view(-1)[0] = 1e6
+    if name == "adapter":
+        next(tensor for key, tensor in weights.items() if "down_proj.lora_A" in key).fill_(1.0)
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="down_proj.* not finite in float16, which ends at .*bfloat16"):
+        export.main(export.Config(model=str(large), out=str(tmp_path / "half"), dtype="float16"))
+    assert not (tmp_path / "half").exists()
+    export.main(export.Config(model=str(large), out=str(tmp_path / "brain"), dtype="bfloat16"))
 
 
 # Trap: a folder of TRL, exported with every checkpoint in it, and its pickled settings pushed to the hub.

@@ -22,7 +22,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import ModelInput, SampledSequence, SampleResponse, SamplingParams
 from posttrain.renderers import get_renderer
 from posttrain.renderers.turns import decode
-from posttrain.serve import openai_api
+from posttrain.serve import openai_api, openai_requests
 from posttrain.serve.guard import Guard
 from posttrain.serve.local_server import LocalServer
 from posttrain.serve.openai_answers import ChatAnswer, ChatFeed
@@ -425,6 +425,11 @@ def test_a_request_that_finds_no_room_is_told_to_come_again(models: Table, monke
         wait_until(lambda: post(url, fields).status_code == 200)  # both places are free
         monkeypatch.setattr(openai_api, "MOST_OPEN_BYTES", 10)
         assert post(url, fields).status_code == 429
+        # Trap: a length that nobody reads takes the room of many
+        monkeypatch.setattr(openai_api, "MOST_OPEN_BYTES", 1000)
+        for module in (openai_api, openai_requests):
+            monkeypatch.setattr(module, "MAX_BODY_BYTES", 999)
+        assert post(url, fields | {"prompt": "1" * 2000}).status_code == 413
 
 
 @pytest.mark.parametrize(

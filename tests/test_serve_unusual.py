@@ -1,5 +1,6 @@
 """Unusual and hostile clients of the Tinker protocol's server: what they get wrong is theirs alone."""
 
+import asyncio
 import logging
 from typing import Any
 from unittest.mock import patch
@@ -7,6 +8,7 @@ from unittest.mock import patch
 import pytest
 
 from posttrain.backend import extras
+from posttrain.serve import guard
 from posttrain.serve.app import create_app
 from posttrain.serve.state import Limits, State
 from tests.test_serve import Http, app_test, base_sampler, loss, sample_of, until
@@ -186,21 +188,27 @@ async def test_targets_and_weights_of_other_shapes_are_the_clients_error(http: H
         assert text in answer["error"] and answer["category"] == "user"
 
 
-# Trap: a traceback in the log for each client that goes while it sends.
+# Trap: a traceback in the log for each client that goes while it sends; one that sleeps in the middle keeps the room
+# of its body from all others.
+@pytest.mark.parametrize(("then", "status"), [("goes", 499), ("sleeps", 408)])
 @pytest.mark.parametrize("path", ["/api/v1/asample", "/api/v1/forward_backward", "/v1/chat/completions"])
-def test_a_client_that_goes_while_it_sends_is_no_fault(
-    path: str, caplog: pytest.LogCaptureFixture, request: Any
+def test_a_client_that_goes_or_sleeps_while_it_sends_is_no_fault(
+    path: str, then: str, status: int, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, request: Any
 ) -> None:
+    monkeypatch.setattr(guard, "STALLED_SECONDS", 0.2)
+
     @app_test
     async def sends_half(http: Http, state: State) -> None:
         media_type = b"application/x-protobuf" if path.endswith("backward") else b"application/json"
         headers = [(b"host", b"localhost"), (b"content-type", media_type), (b"content-length", b"100")]
         asked = {"path": path, "raw_path": path.encode(), "headers": headers, "method": "POST", "query_string": b""}
-        arriving = iter([{"type": "http.request", "body": b'{"a"', "more_body": True}, {"type": "http.disconnect"}])
+        arriving: list[Any] = [{"type": "http.request", "body": b'{"a"', "more_body": True}]
         answers: list[Any] = []
 
         async def receive() -> Any:
-            return next(arriving)
+            if not arriving and then == "sleeps":
+                await asyncio.Event().wait()
+            return arriving.pop() if arriving else {"type": "http.disconnect"}
 
         async def send(message: Any) -> None:
             answers.append(message)
@@ -208,7 +216,7 @@ def test_a_client_that_goes_while_it_sends_is_no_fault(
         scope = {"type": "http", "http_version": "1.1", "scheme": "http", "server": ("localhost", 80), **asked}
         with caplog.at_level(logging.WARNING):
             await create_app(state)(scope, receive, send)
-        assert [a["status"] for a in answers if "status" in a] == [499] and not caplog.records
+        assert [a["status"] for a in answers if "status" in a] == [status] and not caplog.records
 
     sends_half(request.getfixturevalue("service"), request.getfixturevalue("tmp_path"))
 

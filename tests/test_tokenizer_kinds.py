@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers.decoders import DecodeStream
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from posttrain.backend.errors import ConfigError, DataError, ModelError
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.torch_sampler import _Stop
 from posttrain.renderers import get_renderer
-from posttrain.renderers.stream import ResponseStream
-from posttrain.renderers.turns import decode, encode, encode_text, token_text
+from posttrain.renderers.stream import ResponseStream, TokenText
+from posttrain.renderers.turns import before_others, continuation, decode, encode, encode_text, token_text
 from posttrain.renderers.types import Message
 from tests.architectures import save_random_model
 
@@ -149,6 +150,23 @@ def test_a_stop_is_found_where_the_whole_text_has_it(kind: str) -> None:
         tokens = encode(tokenizer, said + stop + " more")
         found = [n for n in range(1, len(tokens) + 1) if stop in decode(tokenizer, tokens[:n])]
         assert [n for n in range(1, found[0] + 1) if ends(tokens[:n])] == found[:1]
+
+
+# Trap: an answer's first word without its space, where vLLM has it: a stop that begins with one is missed, and a prompt
+# and its continuation are one word.
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_continues_its_prompt_as_in_vllm(kind: str) -> None:
+    tokenizer = wrapped(KINDS[kind]())
+    prompt, tokens = encode_text(tokenizer, "what is that?"), encode(tokenizer, " yes or no")
+    stream = DecodeStream(ids=prompt, skip_special_tokens=False)  # what vLLM looks for stops in
+    said = [stream.step(tokenizer._tokenizer, token) or "" for token in tokens]
+    assert "".join(said) == " yes or no" == continuation(tokenizer, tokens)
+    words = TokenText(tokenizer, before_others(tokenizer))
+    assert "".join(words.feed([token]) for token in tokens) == " yes or no"
+    for stop in (" yes", "yes", " y", " ", " or", "? yes"):
+        ends = _Stop(frozenset(), (stop,), tokenizer).ends
+        found = [n for n in range(1, len(tokens) + 1) if stop in "".join(said[:n])][:1]
+        assert [n for n in range(1, len(tokens) + 1) if ends(tokens[:n])][:1] == found, stop
 
 
 # Trap: transcripts and logprobs of words without the spaces between them, and two tokens of one name.

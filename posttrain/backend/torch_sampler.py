@@ -6,7 +6,7 @@ batch that is decoding, which is why a batch has room for all that its rows may 
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 import torch
@@ -308,8 +308,7 @@ class _Stop:
         longest string."""
         last = tokens[-1]
         if last not in self._may_end:
-            # twice: some drop a space at the beginning
-            text = self.tokenizer.decode([last, last], skip_special_tokens=False)
+            text = self._text([last])
             self._may_end[last] = "\ufffd" in text or any(string[-1] in text for string in self.strings)
         if not self._may_end[last]:
             return False
@@ -317,8 +316,18 @@ class _Stop:
         start = max(0, len(tokens) - (max(map(len, self.strings)) * 4 + 4))
         while start and self._is_byte(tokens[start]):  # tokens of bytes in a row are read together, or not at all
             start -= 1
-        text = self.tokenizer.decode(tokens[start:], skip_special_tokens=False)
+        text = self._text(tokens[start:])
         return any(string in text for string in self.strings)
+
+    def _text(self, tokens: list[int]) -> str:
+        """Of tokens after others: some tokenizers drop a space at the beginning of a text."""
+        before = self._before
+        text = self.tokenizer.decode([*before, *tokens], skip_special_tokens=False)
+        return text[len(self.tokenizer.decode(before, skip_special_tokens=False)) :]
+
+    @cached_property
+    def _before(self) -> list[int]:
+        return self.tokenizer.encode(".", add_special_tokens=False)
 
     def _is_byte(self, token: int) -> bool:
         """Whether SentencePiece has a token for a byte, and not for text."""

@@ -130,13 +130,13 @@ def read_parts(reader: PartsReader, text: str) -> list[Part]:
 
 
 class TokenText:
-    """Tokens to text as they arrive; half a character waits for its other half."""
+    """Tokens to text as they arrive, after the tokens `given`; half a character waits for its other half."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, given: Sequence[int] = ()):
         self.tokenizer = tokenizer
         # The last that were given out stay, for tokenizers that drop the space before a first word. They
         # are whole characters: bytes beside half of one would be read as none.
-        self.given: list[int] = []
+        self.given: list[int] = [*given]
         self.waiting: list[int] = []
 
     def feed(self, tokens: Sequence[int]) -> str:

@@ -56,12 +56,20 @@ def decode(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
     return str(tokenizer.decode(list(tokens), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
 
+def before_others(tokenizer: Tokenizer) -> list[int]:
+    """Tokens to decode before others that follow a text: some tokenizers drop the space before a first word."""
+    return encode(tokenizer, ".") if _puts_space(tokenizer) else []
+
+
+def continuation(tokenizer: Tokenizer, tokens: Sequence[int]) -> str:
+    """The text of tokens that follow others, with the space before a first word."""
+    before = before_others(tokenizer)
+    return decode(tokenizer, [*before, *tokens])[len(decode(tokenizer, before)) :]
+
+
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text by itself, with the space that some tokenizers drop before a first word."""
-    if not _puts_space(tokenizer):
-        return decode(tokenizer, [token])
-    before = encode(tokenizer, ".")
-    return decode(tokenizer, [*before, token])[len(decode(tokenizer, before)) :]
+    """A token's text by itself, with its space."""
+    return continuation(tokenizer, [token])
 
 
 def text_of(message: Message) -> str:

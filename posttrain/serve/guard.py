@@ -1,5 +1,5 @@
 """What a request must be before the server reads it: for this host, with the key, of a known content
-type, of bounded size. An ASGI middleware.
+type, of bounded size; and its body must keep coming. An ASGI middleware.
 """
 
 import asyncio
@@ -13,6 +13,7 @@ from starlette.types import Message, Receive, Scope, Send
 from posttrain.serve.openai_api import error_response
 
 MOST_BODY_BYTES = 64 * 2**20
+STALLED_SECONDS = 60.0  # of a client that sleeps, or whose network has gone, in the middle of a body
 MEDIA_TYPES = ("application/json", "application/x-protobuf", "application/octet-stream")
 OPEN_PATHS = ("/api/v1/healthz", "/api/v1/external/")  # the latter's addresses are secrets themselves
 
@@ -33,23 +34,32 @@ class Guard:
         if refusal := self._refusal(scope, headers):
             await _answer(*refusal, scope, receive, send)
             return
-        received, answered = 0, False
+        received, is_whole, stalled, answered = 0, False, False, False
 
         async def counted() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
+            nonlocal received, is_whole, stalled
+            try:
+                async with asyncio.timeout(None if is_whole else STALLED_SECONDS):
+                    message = await receive()
+            except TimeoutError:
+                stalled = True
+                return {"type": "http.disconnect"}
+            received, is_whole = received + len(message.get("body", b"")), not message.get("more_body", False)
             if received > MOST_BODY_BYTES:
                 raise TooLargeError
             return message
 
         async def noted(message: Message) -> None:
             nonlocal answered
-            answered = True
-            await send(message)
+            if not stalled:
+                answered = True
+                await send(message)
 
         try:
             await self._app(scope, counted, noted)
+            if stalled:  # not as one that has gone: awake again, it repeats the request
+                text = f"nothing of the body came for {STALLED_SECONDS:g} s"
+                await _answer(408, text, scope, receive, send)
         except TooLargeError:
             await _answer(413, _too_large(), scope, receive, send)
         except asyncio.CancelledError:  # of long polls, when the server stops
@@ -97,6 +107,6 @@ def _is_address(host: str) -> bool:
 async def _answer(status: int, detail: str, scope: Scope, receive: Receive, send: Send) -> None:
     is_openai = scope["path"].startswith("/v1/")
     response = error_response(status, detail) if is_openai else JSONResponse({"detail": detail}, status)
-    if status == 413:  # the body is not read
+    if status in (408, 413):  # the rest of the body is not read
         response.headers["connection"] = "close"
     await response(scope, receive, send)

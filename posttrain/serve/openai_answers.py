@@ -19,7 +19,7 @@ from posttrain.backend.types import SampledSequence, SampleResponse, SamplingPar
 from posttrain.renderers import ResponseStream, to_openai
 from posttrain.renderers.parts import openai_call
 from posttrain.renderers.stream import TokenText, held_back, is_counted
-from posttrain.renderers.turns import decode, token_text
+from posttrain.renderers.turns import before_others, continuation, decode, token_text
 from posttrain.renderers.types import Message, Part, Renderer, ToolCallPart
 from posttrain.serve.openai_requests import Options
 
@@ -100,7 +100,7 @@ class Answer:
         tokenizer = self.model.renderer.tokenizer
         if tokens and tokens[-1] in tokenizer.all_special_ids:
             tokens = tokens[:-1]
-        return self.cut(decode(tokenizer, tokens))
+        return self.cut(continuation(tokenizer, tokens))
 
     def cut(self, text: str) -> str:
         """The text before the first of the request's stops."""
@@ -241,7 +241,7 @@ class TextFeed:
     def __init__(self, answer: Answer):
         self.answer, self.sent = answer, ""
         tokenizer = answer.model.renderer.tokenizer
-        self.special_ids, self.decoder = {*tokenizer.all_special_ids}, TokenText(tokenizer)
+        self.special_ids, self.decoder = {*tokenizer.all_special_ids}, TokenText(tokenizer, before_others(tokenizer))
         self.fed, self.text = 0, ""
 
     def feed(self, tokens: list[int]) -> list[dict[str, Any]]:

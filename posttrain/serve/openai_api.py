@@ -119,7 +119,8 @@ class AtOnce:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         load, length = self._load, Headers(scope=scope).get("content-length", "")
-        num_bytes = int(length) if length.isdecimal() else MAX_BODY_BYTES
+        # no more is read of one
+        num_bytes = min(int(length), MAX_BODY_BYTES) if length.isdecimal() else MAX_BODY_BYTES
         if load.requests >= MOST_OPEN or load.num_bytes + num_bytes > MOST_OPEN_BYTES:
             text = "the server has no room for more requests at once; ask again later"
             await error_response(429, text, code="rate_limit_exceeded")(scope, receive, send)

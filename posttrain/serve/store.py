@@ -88,7 +88,9 @@ def expiry(ttl_seconds: int | None) -> str | None:
     if ttl_seconds is None:
         return None
     if isinstance(ttl_seconds, bool) or not isinstance(ttl_seconds, int) or not 0 < ttl_seconds <= MOST_TTL_SECONDS:
-        raise CheckpointError(f"ttl_seconds={ttl_seconds!r}: a whole number of seconds above 0 is needed, or null")
+        raise CheckpointError(
+            f"ttl_seconds={ttl_seconds!r}: a whole number of seconds from 1 to {MOST_TTL_SECONDS} is needed, or null"
+        )
     return (datetime.now(UTC) + timedelta(seconds=ttl_seconds)).isoformat()
 
 

@@ -7,6 +7,7 @@ training state, and a model card with the run's figures; pushed to the Hugging F
 
 import json
 import shutil
+from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Literal
@@ -26,6 +27,7 @@ from posttrain.backend.checkpoint_files import (
     read_json,
 )
 from posttrain.backend.choices import check_choices
+from posttrain.backend.data_checks import not_finite
 from posttrain.backend.errors import ConfigError, CookbookError, one_line
 from posttrain.backend.hub import hub_reason
 from posttrain.backend.models import end_token_ids, model_config
@@ -102,8 +104,9 @@ def main(config: Config) -> Path:
 
 
 def _write_merged(adapter: Path, folder: Path, dtype: torch.dtype | None, seed: int) -> None:
-    model = open_merged(adapter, seed)
-    model.to(dtype=dtype or torch.float32).save_pretrained(folder)  # type: ignore[arg-type]
+    model = open_merged(adapter, seed).to(dtype=dtype or torch.float32)  # type: ignore[arg-type]
+    _check_fits(dict(model.named_parameters()), dtype or torch.float32)
+    model.save_pretrained(folder)
     files = [file for pattern in (*TOKENIZER_FILES, "merges.txt", "chat_template*") for file in adapter.glob(pattern)]
     for file in files:
         shutil.copy(file, folder)
@@ -125,6 +128,7 @@ def _copy(source: Path, folder: Path, dtype: torch.dtype | None) -> None:
             continue
         if path.suffix == ".safetensors" and path.name != SCALAR_HEAD_FILE and dtype is not None:
             tensors = {name: _cast(tensor, dtype) for name, tensor in load_file(path).items()}
+            _check_fits(tensors, dtype)
             save_file(tensors, folder / path.name, metadata={"format": "pt"})
             num_bytes += sum(tensor.nbytes for tensor in tensors.values())
         elif path.is_dir():
@@ -156,6 +160,15 @@ def _say_ends(folder: Path) -> None:
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _check_fits(weights: Mapping[str, torch.Tensor], dtype: torch.dtype) -> None:
+    if bad := not_finite(weights):
+        short, most = str(dtype).removeprefix("torch."), torch.finfo(dtype).max
+        remedy = "; dtype=bfloat16 has room to 3e38" if dtype is torch.float16 else ""
+        raise ConfigError(
+            f"{len(bad)} tensors of the weights, such as {bad[0]}, are not finite in {short}, which ends at {most:.3g}{remedy}"
+        )
 
 
 def _say_dtype(folder: Path, dtype: torch.dtype, num_bytes: int) -> None:
