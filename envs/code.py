@@ -5,7 +5,7 @@ It is right if every test passes. Without a file of problems (below, "solution" 
 ones are generated. Left out: other languages, special judges, interactive problems.
 
     {"question": "Print the sum of two integers.", "tests": [{"stdin": "1\n2\n", "stdout": "3\n"}], "solution": "..."}
-    {"question": "Write double(x).", "tests": [{"assert": "assert double(2) == 4"}, {"assert": "assert double(-1) == -2"}]}
+    {"question": "Write double(x).", "tests": ["assert double(2) == 4", {"assert": "assert double(-1) == -2"}]}
 """
 
 import re
@@ -140,7 +140,10 @@ def read_problem(where: str, row: Fields) -> Problem:
     """One line of a file; the program is its gold answer. Raises DataError."""
     question, tests, solution = row.get("question"), row.get("tests"), row.get("solution", "")
     if not isinstance(question, str) or not isinstance(solution, str):
-        raise DataError(f"{where}: 'question', and 'solution' where there is one, must be text")
+        raise DataError(
+            f"{where}: 'question', and 'solution' where there is one, must be text; the fields are {', '.join(row)} "
+            "(form: docs/data_formats.md)"
+        )
     if not isinstance(tests, list) or not tests:
         raise DataError(f"{where}: 'tests' must be a list of at least one test")
     checked = tuple(_read_test(f"{where}: tests[{i}]", test) for i, test in enumerate(tests))
@@ -154,6 +157,7 @@ def _problem(question: str, tests: tuple[OutputTest | AssertTest, ...], program:
 
 
 def _read_test(where: str, test: Any) -> OutputTest | AssertTest:
+    test = {"assert": test} if isinstance(test, str) else test
     if not isinstance(test, dict) or set(test) not in ({"stdin", "stdout"}, {"assert"}):
         raise DataError(f"{where} must have 'stdin' and 'stdout', or 'assert', not {str(test)[:80]}")
     if not all(isinstance(value, str) for value in test.values()):

@@ -134,7 +134,9 @@ def test_an_adapter_is_merged_or_stays_alone(folders: dict[str, Path], tmp_path:
     assert {tensor.dtype for tensor in load_file(alone / "adapter_model.safetensors").values()} == {torch.float16}
     card = (alone / "README.md").read_text()
     assert "library_name: peft" in card and 'PeftModel.from_pretrained(base, "alone")' in card
-    assert 'AutoModelForCausalLM.from_pretrained("micro")' in card
+    assert (
+        'AutoModelForCausalLM.from_pretrained("micro")' in card and "# micro is a preset of posttrain-cookbook" in card
+    )
 
 
 # Trap: a chat model that writes on after the end of its turn in vLLM and transformers, since its base was made for

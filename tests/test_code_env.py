@@ -325,10 +325,11 @@ def test_generated_problems_are_solved_by_their_solutions():
         ({"question": "?", "tests": [{"stdin": "1"}]}, "must have 'stdin' and 'stdout', or 'assert'"),
         ({"question": "?", "tests": [{"assert": "assert ("}]}, "not Python"),
         ({"tests": [{"assert": "pass"}]}, "'question'"),
+        ({"text": "Write f.", "test_list": ["assert f()"]}, "the fields are text, test_list"),
     ],
 )
 def test_bad_problems_are_named_by_file_and_line(tmp_path, line, what):
-    good = {"question": "Double.", "tests": [{"assert": "assert double(1) == 2"}, {"stdin": "1", "stdout": "2"}]}
+    good = {"question": "Double.", "tests": ["assert double(1) == 2", {"stdin": "1", "stdout": "2"}]}
     path = tmp_path / "problems.jsonl"
     path.write_text(json.dumps(good) + "\n" + json.dumps(line) + "\n")
     with pytest.raises(DataError, match=r"problems\.jsonl:2") as error:

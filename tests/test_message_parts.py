@@ -483,3 +483,32 @@ def test_messages_of_the_openai_api():
         tool_spec({})
     with pytest.raises(DataError, match="'f': 'parameters' must be a JSON schema with type 'object'"):
         tool_spec({"name": "f", "parameters": {"type": "string"}})
+
+
+@pytest.mark.parametrize("name", ["plain", "role_colon", "chat_template"])
+def test_messages_in_the_form_of_the_openai_api_are_translated_or_refused(name):
+    """Trap: a template that writes a list as Python does, and answers that are trained on without their calls."""
+    renderer = get_renderer(name, character_tokenizer(512))
+    texts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    assert renderer.build_generation_prompt([{"role": "user", "content": texts}]) == renderer.build_generation_prompt(  # type: ignore[list-item]
+        [user("ab")]
+    )
+    given = {"role": "assistant", "content": "", "tool_calls": to_openai(ONE_CALL[1])["tool_calls"]}
+    if name == "chat_template":
+        tokens, _ = renderer.build_supervised_example([user("a"), given])  # type: ignore[list-item]
+        assert '{"name": "calculator"' in decode(renderer.tokenizer, tokens)
+    else:
+        with pytest.raises(DataError, match="which renderer_name=chat_template can write"):
+            renderer.build_supervised_example([user("a"), given])  # type: ignore[list-item]
+    for wrong, error in (
+        (
+            {"role": "user", "content": [{"type": "image", "image": "a.png"}, *texts]},
+            "message 1: .* no images or sound",
+        ),
+        ({"role": "user", "content": None}, "message 1: a message needs a 'role'"),
+        ({"content": "a"}, "message 1: a message needs a 'role'"),
+        ("Hi", "message 1 must have a 'role'"),
+    ):
+        for build in (renderer.build_generation_prompt, renderer.build_supervised_example):
+            with pytest.raises(DataError, match=error):
+                build([user("a"), wrong])

@@ -17,7 +17,7 @@ import pytest
 import posttrain.backend as tinker
 from posttrain.backend import sdk_keywords, types
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.errors import CheckpointError, ConfigError, CookbookError
+from posttrain.backend.errors import CheckpointError, ConfigError, CookbookError, DataError
 from posttrain.backend.rest_client import RestClient
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
@@ -111,7 +111,7 @@ NAMES = """ServiceClient TrainingClient SamplingClient RestClient APIFuture Adam
 ModelInput ModelInputChunk OptimStepResponse SampledSequence SampleResponse SamplingParams StopReason TensorData TensorDtype types
 TinkerError APIError APIStatusError APITimeoutError APIConnectionError APIResponseValidationError RequestFailedError
 BadRequestError AuthenticationError BillingError PermissionDeniedError NotFoundError ConflictError UnprocessableEntityError
-RateLimitError InternalServerError"""
+RateLimitError InternalServerError ImageChunk ImageAssetPointerChunk"""
 
 
 def test_names() -> None:
@@ -124,6 +124,8 @@ def test_names() -> None:
     assert get_text_content(Message(role="user", content="hello")) == "hello" and TrainOnWhat.ALL_ASSISTANT_MESSAGES
     with pytest.raises(AttributeError):
         getattr(tinker, "no_such_name")  # noqa: B009
+    with pytest.raises(DataError, match="text only"):
+        tinker.ImageAssetPointerChunk(location="a.png", format="png")
 
 
 def test_what_fails_here_is_a_tinker_error_and_never_one_of_a_network(torch_service: ServiceClient) -> None:

@@ -1,5 +1,5 @@
 """The data types of the backend's API, named and shaped as in the Tinker SDK. Tokens and numbers
-only (specs: tinker_semantics 3.2). Left out: image chunks, sparse tensors.
+only (specs: tinker_semantics 3.2). Left out: images, sparse tensors.
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 
 from posttrain.backend import tensor_data as tensor_data
+from posttrain.backend.errors import DataError
 from posttrain.backend.ranges import (
     COUNT,
     DECAY,
@@ -45,6 +46,17 @@ class EncodedTextChunk:
     @property
     def length(self) -> int:
         return len(self.tokens)
+
+
+class ImageChunk:
+    """For the imports and `isinstance` of scripts written for the Tinker SDK: there is none here."""
+
+    def __init__(self, *args: Any, **kwargs: Any):
+        raise DataError("models are trained and sampled on text only here, not on images: leave the image out")
+
+
+class ImageAssetPointerChunk(ImageChunk):
+    """As `ImageChunk`."""
 
 
 ModelInputChunk = EncodedTextChunk  # the only kind: no images, no audio

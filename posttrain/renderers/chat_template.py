@@ -15,7 +15,7 @@ from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.encoding import Encoder, separates
 from posttrain.renderers.formats import FORMATS, HERMES, Kind, format_of, template_message, tools_as_text
-from posttrain.renderers.parts import get_tool_calls
+from posttrain.renderers.parts import as_messages, get_tool_calls
 from posttrain.renderers.parts_check import SAID, shape_of, unwritable
 from posttrain.renderers.spelled_out import SpelledOut
 from posttrain.renderers.stream import PartsReader, read_parts
@@ -216,6 +216,7 @@ class ChatTemplateRenderer:
             raise ConfigError(
                 f"a chat template prompts the assistant only, not {role!r}: swap the roles or use role_colon"
             )
+        messages = as_messages(messages)
         for i, message in enumerate(messages):
             # of one that is lost, the answer would follow nothing; a client's text beside a call may be lost
             if self.writes_tools and not message["content"] and len(calls := get_tool_calls(message)) > 1:
@@ -231,6 +232,7 @@ class ChatTemplateRenderer:
         self, messages: Sequence[Message], train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES
     ) -> tuple[list[int], list[float]]:
         """Tokens after a turn's end (mostly a line break) have weight 0: the model has stopped."""
+        messages = as_messages(messages)
         trained = trained_messages(messages, train_on_what)
         for i, (message, is_trained) in enumerate(zip(messages, trained, strict=True)):
             self._check_parts(message, i, is_trained)

@@ -97,13 +97,14 @@ def from_openai(fields: Mapping[str, Any]) -> Message:
     object, too. `reasoning` and `thinking` are read as `reasoning_content`. DataError for anything else."""
     content = fields.get("content")
     if isinstance(content, list):
-        if not all(isinstance(piece, Mapping) and isinstance(piece.get("text"), str) for piece in content):
-            raise DataError(f"'content' is a list of something other than texts: {str(content)[:80]}")
-        if others := [kind for piece in content if (kind := piece.get("type") or "text") not in TEXT_TYPES]:
+        kinds = [(p.get("type") or "text") if isinstance(p, Mapping) else type(p).__name__ for p in content]
+        if others := [kind for kind in kinds if kind not in TEXT_TYPES]:
             raise DataError(
-                f"'content' has a piece of the type {str(others[0])!r:.40} between its texts: write thinking as "
-                "'reasoning_content', and calls as 'tool_calls'"
+                f"'content' has a piece of the type {str(others[0])!r:.40}: only texts are read there, no images or "
+                "sound; thinking is 'reasoning_content', calls are 'tool_calls'"
             )
+        if not all(isinstance(piece.get("text"), str) for piece in content):
+            raise DataError(f"'content' is a list of something other than texts: {str(content)[:80]}")
         content = "".join(piece["text"] for piece in content)
     thinking = next((fields[key] for key in THINKING_KEYS if fields.get(key)), None)
     calls = fields.get("tool_calls") or []
@@ -124,6 +125,24 @@ def from_openai(fields: Mapping[str, Any]) -> Message:
     message["parts"] = [*parts, *(_call_of(call, i) for i, call in enumerate(calls))]
     message["content"] = ""
     return message
+
+
+def as_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """Messages to render: those in the form of the OpenAI API are translated, which a template or a
+    renderer of text would write as Python writes a list, or leave out. DataError with the message's number."""
+    return [_as_message(i, message) for i, message in enumerate(messages)]
+
+
+def _as_message(i: int, message: Mapping[str, Any]) -> Message:
+    if not isinstance(message, Mapping):
+        raise DataError(f"message {i} must have a 'role' and a 'content', not be {message!r:.40}")
+    is_ours = isinstance(message.get("content"), str) and isinstance(message.get("role"), str)
+    if is_ours and not any(message.get(key) for key in ("tool_calls", *THINKING_KEYS)):
+        return message  # type: ignore[return-value]
+    try:
+        return from_openai(message)
+    except DataError as error:
+        raise DataError(f"message {i}: {error}") from None
 
 
 def _call_of(call: Any, i: int) -> ToolCallPart:

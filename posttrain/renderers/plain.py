@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.encoding import Encoder
+from posttrain.renderers.parts import as_messages
 from posttrain.renderers.turns import Turn, bos, cut_at_stop, encode, ends, eos, supervised_example, text_of
 from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
 
@@ -30,12 +31,13 @@ class PlainRenderer:
         self, messages: Sequence[Message], role: str = "assistant", prefill: str | None = None
     ) -> ModelInput:
         """`role` has no effect."""
-        tokens = self.bos + [token for turn in self._turns(messages) for token in turn.output]
+        tokens = self.bos + [token for turn in self._turns(as_messages(messages)) for token in turn.output]
         return ModelInput.from_ints(tokens + encode(self.tokenizer, prefill or ""))
 
     def build_supervised_example(
         self, messages: Sequence[Message], train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES
     ) -> tuple[list[int], list[float]]:
+        messages = as_messages(messages)
         return supervised_example(self.bos, self._turns(messages), messages, train_on_what)
 
     def get_stop_sequences(self) -> list[str] | list[int]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.encoding import Encoder
+from posttrain.renderers.parts import as_messages
 from posttrain.renderers.spelled_out import SpelledOut
 from posttrain.renderers.turns import Turn, bos, cut_at_stop, decode, encode, ends, supervised_example, text_of
 from posttrain.renderers.types import Message, Tokenizer, TrainOnWhat
@@ -55,13 +56,14 @@ class RoleColonRenderer:
     def build_generation_prompt(
         self, messages: Sequence[Message], role: str = "assistant", prefill: str | None = None
     ) -> ModelInput:
-        turns = self._turns(messages, next_role=role)
+        turns = self._turns(as_messages(messages), next_role=role)
         tokens = self.bos + [token for turn in turns for token in turn.header + turn.output]
         return ModelInput.from_ints(tokens + (encode(self.tokenizer, " " + prefill) if prefill else []))
 
     def build_supervised_example(
         self, messages: Sequence[Message], train_on_what: TrainOnWhat = TrainOnWhat.ALL_ASSISTANT_MESSAGES
     ) -> tuple[list[int], list[float]]:
+        messages = as_messages(messages)
         turns = self._turns(messages, next_role="user")[:-1]
         return supervised_example(self.bos, turns, messages, train_on_what)
 

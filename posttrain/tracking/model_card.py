@@ -109,6 +109,11 @@ def _usage(name: str, base: str | None, is_adapter: bool, opens: str, kernel: st
             "from peft import PeftModel",
             f"from transformers import {opens}",
             "",
+            *(
+                [f"# {base} is a preset of posttrain-cookbook: other tools need the merged model"]
+                if base in PRESETS
+                else []
+            ),
             f'base = {opens}.from_pretrained("{_short(base) if base else "BASE"}"{option})',
             f'model = PeftModel.from_pretrained(base, "{name}")',
         ]
