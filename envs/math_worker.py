@@ -8,6 +8,7 @@ ran out. The process also ends when its standard input closes. One JSON line in,
     out: {"gold": true, "equal": false}    "gold": it parsed; an answer that does not parse is not equal
 """
 
+import contextlib
 import json
 import logging
 import resource
@@ -38,7 +39,8 @@ def parse(expression: str) -> Any:
 def main() -> None:
     logging.disable(logging.WARNING)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    with contextlib.suppress(ValueError):  # the limit here is lower; or macOS, which refuses any
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     replies, sys.stdout = sys.stdout, sys.stderr  # a library's prints are no replies
     print("ready", file=replies, flush=True)
     for line in sys.stdin:

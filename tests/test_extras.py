@@ -2,6 +2,8 @@
 command that installs it.
 """
 
+import os
+import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
@@ -75,3 +77,16 @@ def test_a_run_without_matplotlib_ends_well(
     run.finish(folder, {"a": 1.0})
     out = capsys.readouterr().out
     assert "plot: none; pip install -e '.[train]'" in out and f"checkpoint: {folder.checkpoints / 'final'}" in out
+
+
+@pytest.mark.parametrize("target", ["/nowhere/python3", "fake"])
+def test_an_environment_of_another_python_is_refused_and_left_alone(target: str, tmp_path: Path) -> None:
+    """Of one that is gone, which `python -m venv` does not mend, or too old for the project."""
+    (fake := tmp_path / "fake").write_text("#!/bin/sh\nexit 1\n")
+    fake.chmod(0o755)
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "python").symlink_to(fake if target == "fake" else target)
+    environment = os.environ | {"VENV": str(tmp_path / "venv"), "PYTHON": sys.executable}
+    result = subprocess.run([ROOT / "install.sh"], capture_output=True, text=True, env=environment, timeout=60)
+    assert result.returncode == 1 and "delete it, or set VENV" in result.stderr
+    assert [file.name for file in (tmp_path / "venv").rglob("*")] == ["bin", "python"]

@@ -3,8 +3,13 @@ that hang.
 """
 
 import asyncio
+import json
+import shlex
+import subprocess
+import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -476,3 +481,11 @@ def test_grading_from_coroutines_leaves_the_loop_free(monkeypatch: pytest.Monkey
         return await grading
 
     assert asyncio.run(grade())
+
+
+def test_a_machine_that_allows_less_memory_than_the_limit_can_grade():
+    request = {"seconds": 60.0, "patience": 4.0, "gold": "1/2", "answer": "0.5"}
+    file = Path(math_grading.__file__).with_name("math_worker.py")
+    worker = f"ulimit -v 3500000; exec {shlex.quote(sys.executable)} -I {shlex.quote(str(file))}"
+    out = subprocess.run(["bash", "-c", worker], input=json.dumps(request), capture_output=True, text=True, timeout=120)
+    assert json.loads(out.stdout.splitlines()[-1]) == {"gold": True, "equal": True}, out.stderr

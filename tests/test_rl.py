@@ -17,6 +17,7 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import Datum, ModelInput, TensorData
+from posttrain.tracking.seeds import sampling_seed
 from rl.advantages import BatchMean, GroupMean, GroupMeanStd, LeaveOneOut, NoBaseline, SeatMean
 from rl.data_processing import compute_advantages, rows_of, split_substeps, trainable_groups, with_advantages
 from rl.evaluation_results import problem_values
@@ -331,3 +332,8 @@ def test_policy_gradient_estimator_is_unbiased() -> None:
                 (gradient,) = torch.autograd.grad(conditional, head)  # type: ignore
                 total += float(p_given[i] * p_given[j] * advantage / 2) * gradient
     assert torch.allclose(total, exact, atol=1e-6)
+
+
+def test_a_seed_is_the_same_number_with_every_numpy():
+    """Trap: numpy 1 shifts no unsigned number by a Python int, so that every RL run ended there."""
+    assert [sampling_seed(entropy) for entropy in ([0], [1, 2, 3])] == [7896617691693857887, 6498626229777268288]

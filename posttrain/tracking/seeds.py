@@ -46,4 +46,4 @@ SWEEP, SAMPLE, TEST, GREEDY = range(4)
 
 def sampling_seed(entropy: Sequence[int]) -> int:
     """One number for a sampler, a pure function of such a list."""
-    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1
