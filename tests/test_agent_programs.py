@@ -25,7 +25,7 @@ from rl.rollouts import Policy, RolloutLimits, do_group_rollout
 from rl.tools import answer_call, tool, tools_by_name
 from rl.types import TrajectoryGroup
 from tests.conftest import Scripted
-from tests.processes import runs, wait_until
+from tests.processes import PATIENCE, runs, wait_until
 
 TOKENIZER = load_tokenizer("tiny")
 HELLO = [{"role": "user", "content": "hi"}]
@@ -43,7 +43,7 @@ def roll_out(agent: Agent, answer: Any = lambda prompt: said("hello"), **limits:
     builder = AgentGroupBuilder(
         agent, lambda run: judged.append(run) or 1.0, 1, get_renderer("chat_template", TOKENIZER)
     )
-    limits = {"max_retries": 0, "env_seconds": 30} | limits
+    limits = {"max_retries": 0, "env_seconds": PATIENCE} | limits
     policy = Policy(Scripted(answer), 96)
     return asyncio.run(do_group_rollout(builder, policy, (0,), RolloutLimits(**limits))), judged
 
@@ -116,11 +116,11 @@ def test_functions_that_never_return_keep_nobody_waiting() -> None:
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
         renderer, policy = get_renderer("chat_template", TOKENIZER), Policy(Scripted(lambda prompt: said("hello")), 96)
         groups = []
-        for agent, seconds in ((hangs, 0.5), (lambda endpoint: ask(endpoint, HELLO)["content"], 30)):
+        for agent, seconds in ((hangs, 0.5), (lambda endpoint: ask(endpoint, HELLO)["content"], PATIENCE)):
             builder = AgentGroupBuilder(agent, lambda run: float(run.result == "hello"), 2, renderer)
             limits = RolloutLimits(max_retries=0, env_seconds=seconds)
             groups.append((await do_group_rollout(builder, policy, (0,), limits)).get_total_rewards())
-        for name, seconds in (("waits", 0.1), ("answers", 30)):
+        for name, seconds in (("waits", 0.1), ("answers", PATIENCE)):
             call: Any = {"type": "tool_call", "name": name, "arguments": {}}
             try:
                 groups.append(await answer_call(call, tools_by_name([waits, answers]), seconds))
@@ -151,7 +151,7 @@ def test_a_request_repeated_after_a_time_out_gets_the_answer_it_did_not_wait_for
         return " ".join(message["content"] for message in (first, again, then))
 
     def answer(prompt: list[int]) -> list[int]:
-        gave_up.wait(30)
+        gave_up.wait(PATIENCE)
         return said(next(answers))
 
     group, (run,) = roll_out(agent, answer)

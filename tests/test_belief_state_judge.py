@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from posttrain.backend.errors import ConfigError, DataError
+from posttrain.tracking.jsonl import read_jsonl
 from preference.reward_types import JudgeError
 from preference.types import Comparison
 from recipes.belief_state.judge import INSTRUCTION, Config, StoryEndpointBuilder, judge_files
 from recipes.belief_state.judge_votes import Votes, read_contests, verdict, wilson_interval
 from recipes.belief_state.stories import generate
+from tests import jsonl_files
 from tests.test_pairwise import Endpoint, endpoint  # noqa: F401
 
 
@@ -25,8 +27,7 @@ def write(path: Path, middles: list[str], **changes: str) -> str:
         {"prompt": f"{i}: ", "goal": ".", "original": f"story {i}", "generated": m} | changes
         for i, m in enumerate(middles)
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return str(path)
+    return jsonl_files.write(path, *lines)
 
 
 def config(tmp_path: Path, first: list[str], second: list[str], **options) -> Config:
@@ -49,7 +50,7 @@ def test_a_tally_by_hand(tmp_path):
     assert found.won_by_first == pytest.approx(0.5) and (found.low, found.high) == pytest.approx(
         wilson_interval(0.5, 3)
     )
-    lines = [json.loads(line) for line in (tmp_path / "out" / "votes.jsonl").read_text().splitlines()]
+    lines = read_jsonl(tmp_path / "out" / "votes.jsonl")
     assert [line["votes"] for line in lines] == [["first"] * 3, ["tie"] * 3, ["second"] * 3]
     assert json.loads((tmp_path / "out" / "verdict.json").read_text())["won_by_first"] == pytest.approx(0.5)
     assert (tmp_path / "out" / "histogram.png").stat().st_size > 1000
@@ -131,15 +132,15 @@ def test_files_that_do_not_belong_together_are_refused_with_both_lines(tmp_path)
 
 def test_the_rule_finds_the_story_that_makes_sense(tmp_path):
     told, other = generate(20, seed=0), generate(20, seed=1)
-    cut = [(story[:200], story[200:400], story[400:]) for story in told]
+    cut, files = [(story[:200], story[200:400], story[400:]) for story in told], {}
     for name, middles in (("right", [parts[1] for parts in cut]), ("wrong", [story[200:400] for story in other])):
         lines = [
             {"prompt": prompt, "generated": middle, "goal": goal, "original": story}
             for (prompt, _, goal), middle, story in zip(cut, middles, told, strict=True)
         ]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    files = [str(tmp_path / f"{name}.jsonl") for name in ("wrong", "right")]
-    found = asyncio.run(judge_files(Config(first=files[0], second=files[1], num_judges=1, out=str(tmp_path / "out"))))
+        files[name] = jsonl_files.write(tmp_path / f"{name}.jsonl", *lines)
+    settings = Config(first=files["wrong"], second=files["right"], num_judges=1, out=str(tmp_path / "out"))
+    found = asyncio.run(judge_files(settings))
     assert (found.first, found.tie, found.second) == (0, 0, 20) and found.high < 0.2
 
 

@@ -16,6 +16,7 @@ from envs.single_turn import SingleTurn
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.renderers.types import Renderer
+from posttrain.tracking.metrics_log import read_metrics
 from rl import train
 from rl.types import EnvGroupBuilder, RLDataset, RLDatasetBuilder
 
@@ -103,6 +104,5 @@ def test_of_two_runs_at_once_one_has_the_folder(tmp_path: Path):
 
     refused, finished = sorted(asyncio.run(both()), key=lambda result: isinstance(result, dict))
     assert isinstance(refused, ConfigError) and "run of this process" in str(refused) and isinstance(finished, dict)
-    rows = map(json.loads, (tmp_path / "run/metrics.jsonl").read_text().splitlines())
-    assert [row["step"] for row in rows if "env/all/reward/total" in row] == [0, 1, 2]
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "env/all/reward/total" in row] == [0, 1, 2]
     asyncio.run(train.main(config))  # one after the other

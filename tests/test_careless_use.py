@@ -199,10 +199,13 @@ def test_a_builder_of_environments_is_checked_in_training_evaluation_and_play(tm
     def played(env: RLDatasetBuilder) -> Any:
         return play.play(play.Config(env=env, model_name="micro"))
 
+    no_tasks = DrawnDataset(lambda *_: [], 1)
     for env, message in [
         (SyncTasks(), "SyncTasks.__call__ must be an `async def`"),
         (OddTasks(), "OddTasks returned None, not a training set and a held-out set"),
+        (OddTasks(returns=no_tasks), "OddTasks returned <.*>, not a training set and a held-out set"),
         (OddTasks(returns=(None, None)), "OddTasks returned None, which is not an RLDataset"),
+        (OddTasks(returns=(no_tasks, [1])), r"OddTasks returned \[1\], which is not an RLDataset"),
         (OddTasks(returns=(OfNegativeLength(), None)), "whose length cannot be taken: __len__.. should return >= 0"),
         (InterleavedBuilder(builders=[OddTasks()]), "OddTasks returned None, not a training set"),
     ]:
@@ -210,9 +213,9 @@ def test_a_builder_of_environments_is_checked_in_training_evaluation_and_play(tm
             with pytest.raises(DataError, match=message):
                 asyncio.run(use(env))
     with pytest.raises(DataError, match="get_batch.* returned no group"):
-        asyncio.run(played(OddTasks(returns=(DrawnDataset(lambda *_: [], 1), None))))
+        asyncio.run(played(OddTasks(returns=(no_tasks, None))))
     with pytest.raises(ConfigError, match="OddTasks has no held-out problems"):
-        asyncio.run(evaluated(OddTasks(returns=(DrawnDataset(lambda *_: [], 1), None))))
+        asyncio.run(evaluated(OddTasks(returns=(no_tasks, None))))
 
 
 class Forever(Env):
@@ -394,14 +397,17 @@ def test_a_grader_may_do_without_async_and_must_return_a_grade() -> None:
         asyncio.run(problem.scored("3", truncated=False))
 
 
+# Trap: a loss of N x N pairs; a diagnostic that is a mean, divided by the number of tokens again.
 def test_a_loss_that_returns_something_else_is_named(torch_service: ServiceClient) -> None:
     client = torch_service.create_training_client("micro")
     for loss, message in [
         (lambda p, inputs: -p, "it must return the loss of each token, and a dict"),
         (lambda p, inputs: (-p, None), "it must return the loss of each token, and a dict"),
         (lambda p, inputs: (-p, {"x": 1.0}), "returned x 1.0, not a tensor"),
-        (lambda p, inputs: (-p.mean(), {}), r"returned a loss of shape \(\) for"),
-        (lambda p, inputs: (-p, {"x": p[1:]}), r"returned x of shape \("),
+        (lambda p, inputs: (-p.mean(), {}), r"returned a loss of shape \(\) for 2 tokens"),
+        (lambda p, inputs: (-p[:, None] * inputs["weights"], {}), r"returned a loss of shape \(2, 2\) for 2 tokens"),
+        (lambda p, inputs: (-p, {"x": p.mean()}), r"returned x of shape \(\) for 2 tokens"),
+        (lambda p, inputs: (-p, {"x": p[1:]}), r"returned x of shape \(1,\) for 2 tokens"),
         (lambda p, inputs: (torch.zeros_like(p), {}), "does not depend on the logprobs"),
     ]:
         with pytest.raises(ConfigError, match=message):

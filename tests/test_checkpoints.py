@@ -22,7 +22,7 @@ from posttrain.backend import checkpoints
 from posttrain.backend.atomic_folder import atomic_folder
 from posttrain.backend.checkpoint_files import FORMAT, read_state
 from posttrain.backend.config import BackendConfig
-from posttrain.backend.errors import CheckpointError, CookbookError, NonFiniteError
+from posttrain.backend.errors import CheckpointError, CookbookError
 from posttrain.backend.models import load_model
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
@@ -155,19 +155,6 @@ def test_checkpoints_of_another_model_are_refused(torch_service: ServiceClient, 
             client.load_state(path).result()
     with pytest.raises(CheckpointError, match="weights only"):
         tiny.load_state_with_optimizer(tiny.save_weights_for_sampler("sampler").result().path).result()
-
-
-def test_failed_forward_backward_cancels_the_queued_step(torch_service: ServiceClient) -> None:
-    client = torch_service.create_training_client("tiny")
-    before, data = weights(client), policy_data(3)
-    data[0].loss_fn_inputs["logprobs"].array[:] = -1e30
-    futures = [client.forward_backward(data, "importance_sampling"), client.optim_step(AdamParams(1e-2))]
-    for future in futures:
-        with pytest.raises(NonFiniteError):
-            future.result()
-    assert_equal(weights(client), before)
-    train(client, range(1))
-    assert any(not torch.equal(tensor, before[name]) for name, tensor in weights(client).items())
 
 
 # --- what does not fit is refused whole ---------------------------------------------------------

@@ -66,7 +66,9 @@ def test_blocks_keep_their_lines_and_only_a_reason_keeps_one_from_running():
 
 # Trap: a page that names a file that was moved.
 @pytest.mark.parametrize(
-    "page", [*ROOT.glob("*.md"), *PAGES[1:], *BESIDE_DOCS], ids=lambda page: str(page.relative_to(ROOT))
+    "page",
+    [*ROOT.glob("*.md"), ROOT / "tests" / "README.md", *PAGES[1:], *BESIDE_DOCS],
+    ids=lambda page: str(page.relative_to(ROOT)),
 )
 def test_places_that_a_page_names_exist(page: Path):
     """Files and headings of links, and paths in backticks; those of ARCHITECTURE.md may be below posttrain/."""
@@ -77,6 +79,15 @@ def test_places_that_a_page_names_exist(page: Path):
     paths = re.findall(r"`((?:[a-z_]+/)+\w+\.(?:py|md))`", page.read_text())
     folders = (ROOT, ROOT / "posttrain", ROOT / "tests")
     assert [path for path in paths if not any((folder / path).exists() for folder in folders)] == []
+
+
+def test_the_map_of_the_tests_has_each_file_once():
+    page = ROOT / "tests" / "README.md"
+    shared, subjects = page.read_text().split("\n## backend\n")
+    files = {file.name for file in page.parent.glob("*.py")}
+    tests = re.findall(r"`(test_\w+\.py)`", subjects)
+    assert sorted(tests) == sorted(name for name in files if name.startswith("test_"))
+    assert files <= {*tests, *re.findall(r"`(\w+\.py)`", shared)}
 
 
 # Trap: documentation that no longer runs.

@@ -140,6 +140,18 @@ def test_ratings_that_do_not_exist_say_whose() -> None:
             elo_ratings(np.array(points_NN, float), list("abc"), prior_draws=0)
 
 
+@pytest.mark.parametrize("players", [2, 3, 4, 5, 8, 9, 17])
+def test_a_chain_of_games_connects_its_ends(players: int) -> None:
+    points_NN, names = np.zeros((players, players)), [f"player {i}" for i in range(players)]
+    for i in range(players - 1):
+        points_NN[i, i + 1], points_NN[i + 1, i] = 2, 1
+    elo_N = elo_ratings(points_NN, names, prior_draws=0).elo_N
+    assert np.diff(elo_N) == pytest.approx(-400 * np.log10(2))
+    points_NN[players - 2, players - 1] = 0
+    with pytest.raises(DataError, match="won every game"):
+        elo_ratings(points_NN, names, prior_draws=0)
+
+
 def test_games_of_a_pair_share_openings_and_change_sides() -> None:
     config = Tournament(env=chz.replace(GAME, random_opening=3), num_games=4, opponents=[])
     seen: dict[str, list[str]] = {}

@@ -15,6 +15,7 @@ from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import ModelInput
 from posttrain.renderers.types import Renderer
+from posttrain.tracking.metrics_log import read_metrics
 from rl import train
 from rl.advantages import SeatMean
 from rl.data_processing import rows_of
@@ -150,7 +151,7 @@ def test_each_kind_of_failure_has_its_type_and_leaves_the_rewards_alone(torch_se
         "RolloutError": raising(RolloutError("grader down")),
     }
     builder = ScriptedGroup(*scripts.values(), lambda: "no StepResult", *[None] * 6)
-    (group,) = rollout(torch_service, builder, max_turns=2, env_seconds=0.3, max_retries=2)
+    (group,) = rollout(torch_service, builder, max_turns=2, env_seconds=0.05, max_retries=2)
     assert [type(error).__name__ for error in group.errors] == [*scripts, "MalformedStep"]
     assert group.get_total_rewards() == [2.0 - 5.0] * 6 and group.num_retries == 2 * 5
     metrics = compute_trajectory_metrics([group])
@@ -313,8 +314,6 @@ class FaultyBuilder(RLDatasetBuilder):
 
 
 def test_a_batch_without_survivors_is_counted_and_moves_nothing(tmp_path: Path) -> None:
-    from posttrain.tracking.metrics_log import read_metrics
-
     settings = train.Config(
         env=FaultyBuilder(batch_size=2, group_size=2, fate=0.0),
         max_tokens=1,
@@ -335,13 +334,11 @@ def test_a_batch_without_survivors_is_counted_and_moves_nothing(tmp_path: Path) 
 
 # Trap: environments that raise, hang or return nonsense, scored 0 or stopping the run.
 def test_fifty_steps_on_a_faulty_environment_end_with_clean_rewards(tmp_path: Path) -> None:
-    from posttrain.tracking.metrics_log import read_metrics
-
     settings = train.Config(
         env=FaultyBuilder(batch_size=4, group_size=4),
         max_tokens=1,
         learning_rate=1e-3,
-        limits=RolloutLimits(env_seconds=0.3, max_retries=1, min_group_size=2),
+        limits=RolloutLimits(env_seconds=0.05, max_retries=1, min_group_size=2),  # those that do not hang do not wait
         max_steps_off_policy=1,
         save_every=0,
         log_path=str(tmp_path),

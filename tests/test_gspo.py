@@ -1,4 +1,4 @@
-"""GSPO's loss by hand, by a second implementation, and as an algorithm of RL; bounds of ratios that are
+"""GSPO's loss by hand, by a second implementation, and as an algorithm of RL; options of losses that are
 refused; data with different numbers of targets in one pass.
 """
 
@@ -138,10 +138,21 @@ def test_a_lower_bound_above_the_upper_is_refused(name: str) -> None:
 
 
 # Trap: a penalty that becomes a reward for leaving the sampler.
-@pytest.mark.parametrize(("name", "option"), [("dro", "beta"), ("cispo", "clip_low_threshold")])
-def test_options_of_losses_are_not_negative(name: str, option: str) -> None:
-    with pytest.raises(ConfigError, match=f"loss_fn_config.{option}=-0.1 must be at least 0"):
-        resolve_loss(name, {option: -0.1})
+@pytest.mark.parametrize(
+    ("name", "option", "value", "says"),
+    [
+        ("dro", "beta", -0.1, "=-0.1 must be at least 0"),
+        ("cispo", "clip_low_threshold", -0.1, "=-0.1 must be at least 0"),
+        *(
+            ("ppo", "clip_low_threshold", wrong, "=.*a number is needed")
+            for wrong in ("many", None, True, math.nan, [1])
+        ),
+    ],
+)
+def test_options_of_losses_are_numbers_and_not_negative(name: str, option: str, value: object, says: str) -> None:
+    assert resolve_loss(name, {option: 0.9}).scales_with_advantage == (name != "dro")
+    with pytest.raises(ConfigError, match=f"loss_fn_config.{option}{says}"):
+        resolve_loss(name, {option: value})  # type: ignore[dict-item]
 
 
 # --- different numbers of targets -------------------------------------------------------------------

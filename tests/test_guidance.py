@@ -21,6 +21,7 @@ from envs.star_graph_data import Batches, StarGraphTask
 from envs.star_graph_tokens import Layout, layout_of
 from posttrain.backend.errors import CheckpointError, ConfigError, ContextLengthError, ModelError
 from posttrain.backend.models import load_model
+from posttrain.tracking.metrics_log import read_metrics
 from recipes.belief_state.star_graph import task_name
 from recipes.libraries.belief_state.files import write_model
 from recipes.libraries.belief_state.model import BeliefState, BeliefStateConfig
@@ -432,7 +433,7 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path: Path, trunk: str) ->
     for (name, mine), theirs in zip(whole.state_dict().items(), parts.state_dict().values(), strict=True):
         assert torch.equal(mine, theirs), name
     for name in ("qsharp", "cd"):
-        lines = [json.loads(line) for line in (tmp_path / "parts" / name / "metrics.jsonl").read_text().splitlines()]
+        lines = read_metrics(tmp_path / "parts" / name)
         assert [line["step"] for line in lines] == [0, 2, 4] and {
             "test/first_hop",
             "test/exact",

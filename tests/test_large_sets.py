@@ -15,6 +15,7 @@ from posttrain.backend.tokenizers import character_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message
 from posttrain.tracking.datasets import ListDataset
+from posttrain.tracking.jsonl import read_jsonl
 from preference.bradley_terry import PreferencePairsBuilder
 from preference.comparisons import ChosenRejectedBuilder
 from preference.label_model import LabelExamplesBuilder
@@ -152,7 +153,7 @@ def test_rows_of_a_table_are_read_by_blocks(tmp_path: Path) -> None:
 
 
 def _rows(path: str) -> list[dict[str, object]]:
-    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+    return read_jsonl(path)
 
 
 def test_a_mixture_holds_no_copies(tmp_path: Path) -> None:

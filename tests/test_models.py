@@ -27,14 +27,14 @@ from transformers import (
 
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.data_checks import not_finite
-from posttrain.backend.errors import CheckpointError, LogprobGapError, ModelError
+from posttrain.backend.errors import CheckpointError, ConfigError, LogprobGapError, ModelError
 from posttrain.backend.logprobs import PLAIN, LogitTransform
 from posttrain.backend.merged_lora import base_weights
 from posttrain.backend.model_checks import alone, row_check_data, row_gap
-from posttrain.backend.models import context_length, load_model, model_config, new_model
+from posttrain.backend.models import PRESETS, context_length, load_model, model_config, new_model
 from posttrain.backend.random_state import drawn_from
 from posttrain.backend.service_client import ServiceClient
-from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.backend.tokenizers import character_tokenizer, load_tokenizer
 from posttrain.backend.trainer import Trainer
 from posttrain.backend.types import AdamParams, Datum, LoraConfig, ModelInput, SamplingParams
 from posttrain.backend.weight_copies import SampledModel
@@ -432,3 +432,16 @@ def test_threads_that_open_models_at_once_get_the_weights_of_their_seeds() -> No
         together = [*pool.map(weights, seeds)]
     for seed, found in zip(seeds, together, strict=True):
         assert torch.equal(found, weights(seed))
+
+
+@pytest.mark.parametrize("model_name", ["tiny", "gpt2-tiny"])
+def test_a_lora_rank_above_the_hidden_size_is_refused_at_once(model_name: str, torch_service: ServiceClient) -> None:
+    for create in (torch_service.create_training_client, torch_service.create_scalar_client):
+        with pytest.raises(ConfigError, match="lora_rank=100000 is more than the hidden size of .*, 128"):
+            create(model_name, LoraConfig(rank=100_000))
+
+
+def test_a_model_folder_without_a_tokenizer_is_said_to_have_none(tmp_path: Path) -> None:
+    PRESETS["micro"].save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"has no tokenizer \(tokenizer.json, tokenizer_config.json\)"):
+        load_tokenizer(str(tmp_path))

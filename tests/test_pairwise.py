@@ -23,6 +23,7 @@ from posttrain.backend.errors import ConfigError
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message, Renderer, Tokenizer
+from posttrain.tracking.metrics_log import read_metrics
 from preference.bradley_terry import ScalarModel
 from preference.judges import EndpointJudge, EndpointJudgeBuilder, RuleJudge
 from preference.reward_types import Judge, JudgeBuilder, JudgeError, RewardModel, judge_all
@@ -334,17 +335,18 @@ def test_reinforcement_learning_from_a_judge_of_pairs(tmp_path):
         asyncio.run(chz.replace(env, group_size=1)(get_renderer("plain", load_tokenizer("tiny"))))
     config = train.Config(
         env=env,
+        model_name="micro",
         renderer_name="plain",
         max_tokens=12,
-        max_steps=12,
-        learning_rate=5e-3,
+        max_steps=8,
+        learning_rate=1e-2,
         eval_every=0,
         save_every=0,
         log_path=str(tmp_path / "run"),
         backend=BackendConfig(engine="torch"),
     )
     asyncio.run(train.main(config))
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = read_metrics(tmp_path / "run")
     gold = [record["env/all/gold"] for record in records]
     assert gold[0] < 0.6 and gold[-1] > 0.8
     # what one wins, others lose

@@ -25,6 +25,7 @@ from posttrain.backend.types import AdamParams, ModelInput, SampledSequence, Sam
 from posttrain.renderers import get_renderer, stream
 from posttrain.renderers.turns import decode
 from posttrain.renderers.types import Renderer
+from posttrain.tracking.metrics_log import read_metrics
 from preference import steps, train_prm
 from preference.best_of_n import compare_selections
 from preference.prm import PrmReward, ProcessReward, ProcessRewardModel, StepScores
@@ -34,6 +35,7 @@ from preference.step_data import StepExamplesBuilder, step_cross_entropy, step_d
 from preference.steps import StepFormat, _tokens_up_to, split_response
 from rl.types import TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests.conftest import rounded
+from tests.jsonl_files import write
 from tests.test_tokenizer_kinds import KINDS, wrapped
 
 LINES = StepFormat(answer_marker="#")
@@ -241,14 +243,13 @@ def test_a_verifier_that_fails_leaves_no_label(
 )
 def test_bad_records_are_named_by_file_and_line(line: dict, complaint: str, tmp_path: Path) -> None:
     file = tmp_path / "prm.jsonl"
-    file.write_text(json.dumps({"input": "q", "output": ["a"], "label": [1]}) + "\n" + json.dumps(line) + "\n")
+    write(file, {"input": "q", "output": ["a"], "label": [1]}, line)
     with pytest.raises(DataError, match=rf"prm.jsonl:2: .*{complaint}"):
         read_records(file)
 
 
 def test_records_with_the_names_of_trl_are_read(tmp_path: Path) -> None:
-    file = tmp_path / "prm.jsonl"
-    file.write_text(json.dumps({"prompt": "q", "completions": ["a", "b"], "labels": [True, False]}) + "\n")
+    file = write(tmp_path / "prm.jsonl", {"prompt": "q", "completions": ["a", "b"], "labels": [True, False]})
     assert read_records(file) == [StepRecord("q", ["a", "b"], [1, 0])]
 
 
@@ -258,7 +259,7 @@ def test_questions_that_are_held_out_in_a_file_of_their_own_are_not_trained_on(
     rows = {"train": ["1+1=", "1+2=", "1+1="], "test": ["1+1=", "1+3="]}
     for name, questions in rows.items():
         records = [{"input": q, "output": ["2", "#2"], "label": [1, 1], "output_prefix": None} for q in questions]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        write(tmp_path / f"{name}.jsonl", *records)
     paths: dict[str, Any] = {"path": str(tmp_path / "train.jsonl"), "test_path": str(tmp_path / "test.jsonl")}
     train, test = StepExamplesBuilder(**paths, form=LINES)(plain)
     assert test is not None and len(test.get_batch(0)) == 2
@@ -323,17 +324,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model that tells "+" steps (good) from "-" steps (bad), by the command's own loop."""
     folder = tmp_path_factory.mktemp("prm")
     rng = np.random.default_rng(0)
-    with (folder / "labels.jsonl").open("w") as file:
-        for _ in range(200):
-            signs = rng.choice(["+", "-"], 2)
-            steps = [f"{rng.integers(10, 99)}{sign}{rng.integers(1, 9)}" for sign in signs]
-            record = {
-                "input": f"{rng.integers(1000)}=",
-                "output": [*steps, "#1"],
-                "label": [*(int(s == "+") for s in signs), 1],
-            }
-            file.write(json.dumps(record) + "\n")
-    dataset = StepExamplesBuilder(path=str(folder / "labels.jsonl"), test_size=30, form=LINES, batch_size=32)
+    rows = []
+    for _ in range(200):
+        signs = rng.choice(["+", "-"], 2)
+        steps = [f"{rng.integers(10, 99)}{sign}{rng.integers(1, 9)}" for sign in signs]
+        labels = [*(int(s == "+") for s in signs), 1]
+        rows.append({"input": f"{rng.integers(1000)}=", "output": [*steps, "#1"], "label": labels})
+    path = write(folder / "labels.jsonl", *rows)
+    dataset = StepExamplesBuilder(path=path, test_size=30, form=LINES, batch_size=32)
     config = train_prm.Config(
         dataset=dataset, num_epochs=5, learning_rate=2e-3, renderer_name="plain", log_path=str(folder / "run")
     )
@@ -345,7 +343,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_starts_at_ln_2_and_learns(trained: Path) -> None:
-    first = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])
+    first = read_metrics(trained)[0]
     assert first["train_loss"] == pytest.approx(math.log(2), abs=rounded(1e-5)) == first["test/loss"]
 
 
@@ -354,17 +352,16 @@ def test_the_held_out_loss_does_not_depend_on_the_batches(reduction: str, tmp_pa
     """Trap: the mean of the batches' losses, of which the last batch may be short."""
     texts = [["1+1", "#2"], ["12+34", "46+1", "#47"], ["1", "#1"]]
     rows = [{"input": f"{i}=", "output": text, "label": [i % 2] * len(text)} for i, text in enumerate(texts)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path = write(tmp_path / "rows.jsonl", *rows)
     client = torch_service.create_scalar_client("tiny", None, 0)
     renderer = get_renderer("plain", load_tokenizer("tiny"))
-    config = StepExamplesBuilder(path=str(tmp_path / "rows.jsonl"), form=LINES, reduction=reduction)
+    config = StepExamplesBuilder(path=path, form=LINES, reduction=reduction)
     train_set, _ = chz.replace(config, batch_size=3)(renderer)
     batch = train_set.get_batch(0)
     client.forward_backward(batch, step_cross_entropy).result()  # from a head of zeros all losses are ln 2
     client.optim_step(AdamParams(learning_rate=1e-2)).result()
     expected = client.forward(batch, step_cross_entropy).result().metrics["loss:sum"]
-    (tmp_path / "other.jsonl").write_text(json.dumps(rows[0] | {"input": "9="}) + "\n")
-    apart = chz.replace(config, path=str(tmp_path / "other.jsonl"), test_path=config.path)
+    apart = chz.replace(config, path=write(tmp_path / "other.jsonl", rows[0] | {"input": "9="}), test_path=config.path)
     for size in (1, 2, 3):
         _, test_set = chz.replace(apart, batch_size=size)(renderer)
         assert test_set is not None

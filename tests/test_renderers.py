@@ -235,7 +235,6 @@ def test_tokens_are_those_of_the_template(template):
     assert tokens == template_tokens(tokenizer, CHAT[1:5])
 
 
-# Trap: chat templates that rewrite earlier turns.
 def test_a_template_that_reads_parts_of_a_content_gets_the_text_as_one(capsys):
     tokenizer, plain = bpe_tokenizer(READS_PARTS), bpe_tokenizer(OPENS_THINKING.replace("<think>\n", ""))
     renderer, expected = get_renderer(None, tokenizer), get_renderer(None, plain)
@@ -245,6 +244,7 @@ def test_a_template_that_reads_parts_of_a_content_gets_the_text_as_one(capsys):
     assert "WARNING" not in capsys.readouterr().out
 
 
+# Trap: chat templates that rewrite earlier turns.
 def test_template_with_thinking_dropped_from_earlier_turns():
     renderer = ChatTemplateRenderer(bpe_tokenizer(DROPS_THINKING))
     thought: list[Message] = [*CHAT[:2], {"role": "assistant", "content": "<think>\nhm\n</think>\n\nhello"}, *CHAT[3:]]

@@ -3,7 +3,6 @@ honest evaluation.
 """
 
 import asyncio
-import json
 import math
 from collections.abc import Sequence
 
@@ -20,6 +19,7 @@ from posttrain.backend.types import ModelInput
 from posttrain.renderers import get_renderer
 from posttrain.renderers.turns import encode
 from posttrain.renderers.types import Message
+from posttrain.tracking.metrics_log import read_metrics
 from preference import train_reward_model
 from preference.bradley_terry import (
     BradleyTerryJudge,
@@ -44,6 +44,7 @@ from preference.types import Comparison, ComparisonDatasetBuilder, Label, Labele
 from rl.types import TokensWithLogprobs, Trajectory, TrajectoryGroup, Transition
 from tests import commands
 from tests.conftest import ROOT, rounded
+from tests.jsonl_files import write
 from tests.test_message_parts import RENDERERS
 from tests.test_renderers import bpe_tokenizer
 
@@ -294,9 +295,9 @@ def test_comparisons_that_do_not_fit_are_dropped_and_counted_or_refused(tmp_path
         {"prompt": f"q{i}", "completion_A": "a" * (250 if i < 2 else 5), "completion_B": "b" * 250, "label": "A"}
         for i in range(4)
     ]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     renderer = get_renderer("plain", load_tokenizer("tiny"))
-    builder = LabelExamplesBuilder(comparisons=LabeledBuilder(path=str(tmp_path / "pairs.jsonl")), max_length=400)
+    comparisons = LabeledBuilder(path=write(tmp_path / "pairs.jsonl", *rows))
+    builder = LabelExamplesBuilder(comparisons=comparisons, max_length=400)
     train_D, _ = builder.load(renderer)
     assert len(train_D) == 2 and "2 of 4 comparisons are longer than 400 tokens" in capsys.readouterr().out
     with pytest.raises(DataError, match="of 4 comparisons 0 fit into 100 tokens"):
@@ -307,7 +308,7 @@ def test_the_command_trains_from_a_file(tmp_path):
     rows = [
         {"prompt": f"q{i}", "completion_A": "a" * (i % 5 + 1), "completion_B": "bb", "label": "B"} for i in range(40)
     ]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write(tmp_path / "pairs.jsonl", *rows)
     command = [
         str(ROOT / "preference" / "train_reward_model.py"),
         "dataset=scalar",
@@ -318,7 +319,7 @@ def test_the_command_trains_from_a_file(tmp_path):
     command += ["dataset.batch_size=8", *(f"dataset.comparisons{option}" for option in comparisons)]
     done = commands.run(*command, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    last = json.loads((tmp_path / "runs" / "reward_model" / "metrics.jsonl").read_text().splitlines()[-1])
+    last = read_metrics(tmp_path / "runs" / "reward_model")[-1]
     assert {"test/accuracy", "test/ece", "test/swap_agreement", "test/length_baseline"} <= last.keys()
 
 

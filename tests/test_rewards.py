@@ -23,6 +23,7 @@ from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Renderer
 from posttrain.tracking.command_line import parse
+from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.settings import config_to_json
 from preference.endpoint import ChatEndpoint
 from preference.reward_types import JudgeError
@@ -343,6 +344,7 @@ def test_reinforcement_learning_from_a_rubric(tmp_path):
         env=SingleTurn(
             [ANT, Problem("bee: ", "bee")] * 8, [rubric({"ascii": "ASCII."}, ascii_share)], batch_size=16, group_size=4
         ),
+        model_name="micro",
         renderer_name="plain",
         max_tokens=12,
         max_steps=6,
@@ -354,7 +356,7 @@ def test_reinforcement_learning_from_a_rubric(tmp_path):
         backend=BackendConfig(engine="torch"),
     )
     asyncio.run(train.main(config))
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = read_metrics(tmp_path / "run")
     rewards = [record["env/all/reward/rubric"] for record in records]
     assert rewards[0] < 0.6 and rewards[-1] > 0.8
     assert rewards == pytest.approx([record["env/all/reward/rubric/ascii"] for record in records])

@@ -19,7 +19,7 @@ from envs.problem_env import ProblemEnv
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.losses import reinforce
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.types import Datum, ForwardBackwardOutput, ModelInput, TensorData
+from posttrain.backend.types import ForwardBackwardOutput, ModelInput, TensorData
 from posttrain.renderers import get_renderer
 from posttrain.renderers.types import Message
 from posttrain.tracking.progress import TrainingProgress
@@ -43,7 +43,8 @@ TINY = load_tokenizer("tiny")
 
 
 def run(folder: Path, behavior: str = "delete", **settings: Any) -> dict[str, float]:
-    return asyncio.run(train.main(chz.replace(config(folder, **settings), behavior_if_log_dir_exists=behavior)))
+    settings = {"model_name": "micro", "behavior_if_log_dir_exists": behavior} | settings
+    return asyncio.run(train.main(chz.replace(config(folder), **settings)))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -98,23 +99,6 @@ def test_a_function_may_be_the_loss(tmp_path: Path) -> None:
         [record["optim/loss"] for record in metrics(tmp_path / kind)] for kind in ("function", "name")
     )
     assert by_function == pytest.approx(by_name, rel=rounded(1e-4)) and len(by_name) == 1
-
-
-# Trap: a loss of N x N pairs; a diagnostic that is a mean, divided by the number of tokens again.
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        (lambda p_N, inputs: (-p_N.mean(), {}), r"a loss of shape \(\) for 4 tokens"),
-        (lambda p_N, inputs: (-p_N[:, None] * inputs["advantages"], {}), r"a loss of shape \(4, 4\)"),
-        (lambda p_N, inputs: (-p_N, {"surprise": p_N.mean()}), r"surprise of shape \(\) for 4 tokens"),
-    ],
-)
-def test_a_loss_of_the_users_gives_one_number_for_each_token(wrong: Any, says: str, torch_service: Any) -> None:
-    client = torch_service.create_training_client("micro")
-    numbers = {"logprobs": [-1.0] * 4, "advantages": [1.0] * 4, "mask": [1.0] * 4}
-    datum = Datum(ModelInput.from_ints([3, 4, 5, 6]), {"target_tokens": np.arange(4, 8), **numbers})
-    with pytest.raises(ConfigError, match=says):
-        client.forward_backward([datum], wrong).result()
 
 
 # Trap: the group's advantage beside each token, where a critic, a teacher, KL or normalisation gave another one.

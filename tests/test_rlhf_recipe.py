@@ -3,15 +3,17 @@ curve is drawn.
 """
 
 import asyncio
-import json
 
 import chz
 import pytest
 
 from envs.kind_words import KindWordsComparisons
 from posttrain.backend.errors import ConfigError
+from posttrain.tracking.jsonl import read_jsonl
+from posttrain.tracking.metrics_log import read_metrics
 from recipes.rlhf import train
 from tests.conftest import GAP_OF_A_COMMAND
+from tests.jsonl_files import write
 
 
 def test_rlhf_stages_run_in_order_and_only_once(tmp_path, capsys):
@@ -22,7 +24,7 @@ def test_rlhf_stages_run_in_order_and_only_once(tmp_path, capsys):
         asyncio.run(train.main(chz.replace(small, stages="ppo")))
     asyncio.run(train.main(chz.replace(small, stages="sft,comparisons")))
     file = tmp_path / "comparisons.jsonl"
-    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = read_jsonl(file)
     assert len(rows) == 80 and {row["label"] for row in rows} <= {"A", "B", "Tie"}
     # Three steps of imitation write no words, and all is a tie. So the test puts people's notes in
     # their place.
@@ -32,10 +34,10 @@ def test_rlhf_stages_run_in_order_and_only_once(tmp_path, capsys):
         for c, _ in notes
     ]
     labels = [{"label": label} for _, label in notes]
-    file.write_text("".join(json.dumps(row | label) + "\n" for row, label in zip(rows, labels, strict=True)))
+    write(file, *(row | label for row, label in zip(rows, labels, strict=True)))
     asyncio.run(train.main(small))
     for stage in ("rl", "rl_no_penalty"):
-        first = json.loads((tmp_path / stage / "metrics.jsonl").read_text().splitlines()[0])
+        first = read_metrics(tmp_path / stage)[0]
         assert {"env/all/gold", "env/all/proxy"} <= first.keys() and abs(
             first["kl_policy_base"]
         ) < GAP_OF_A_COMMAND  # it began at the reference

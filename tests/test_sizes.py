@@ -26,7 +26,6 @@ from posttrain.tracking.timeline import Timeline
 from posttrain.tracking.transcripts import TranscriptGroup, TranscriptMember, TranscriptTurn, write_transcripts
 from rl.data_processing import rows_of
 from rl.group_sources import GroupSource
-from rl.ratings import elo_ratings
 from rl.rollout_state import group_from_json, group_to_json
 from rl.rollouts import do_single_rollout
 from rl.types import Env, EnvGroupBuilder, StepResult, TokensWithLogprobs, Trajectory, TrajectoryGroup
@@ -228,18 +227,6 @@ def test_a_resume_and_a_plot_of_a_long_run_take_little_memory(tmp_path: Path) ->
     assert run.metrics_file.read_text() == "".join(lines[:-1])
     assert len(records) == steps - 1 and all(record.keys() == kept for record in records)
     assert peaks[0] < 1e6 and peaks[1] < 500 * steps  # each of the whole records has 4,000
-
-
-@pytest.mark.parametrize("players", [2, 3, 4, 5, 8, 9, 17])
-def test_a_chain_of_games_connects_its_ends(players: int) -> None:
-    points_NN, names = np.zeros((players, players)), [f"player {i}" for i in range(players)]
-    for i in range(players - 1):
-        points_NN[i, i + 1], points_NN[i + 1, i] = 2, 1
-    elo_N = elo_ratings(points_NN, names, prior_draws=0).elo_N
-    assert np.diff(elo_N) == pytest.approx(-400 * np.log10(2))
-    points_NN[players - 2, players - 1] = 0
-    with pytest.raises(DataError, match="won every game"):
-        elo_ratings(points_NN, names, prior_draws=0)
 
 
 def test_a_page_of_long_rollouts_has_fewer_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from posttrain.backend.errors import CheckpointError, ConfigError, DataError
 from posttrain.backend.models import load_model
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.types import ModelInput
+from posttrain.tracking.jsonl import read_jsonl
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.stages import Stage
 from preference.losses import DPO, RPO
@@ -175,7 +176,7 @@ def test_pairs_are_written_as_the_original_writes_them(model_path: str, tmp_path
     with ServiceClient(TORCH) as service:
         sampler = service.create_sampling_client(model_path)
         count = asyncio.run(collect_pairs(sampler, rows_B_T, layout, path, max_tries=2))
-    records = [json.loads(line) for line in path.read_text().splitlines()]
+    records = read_jsonl(path)
     assert len(records) == count > 390 and [r["global_idx"] for r in records] == sorted(
         {r["global_idx"] for r in records}
     )
@@ -251,7 +252,7 @@ def test_preferences_start_from_ln_2_and_hold_up_the_right_path_under_rpo(model_
         log_path=str(tmp_path / "run"),
     )
     asyncio.run(preferences.main(config))
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    records = read_metrics(tmp_path / "run")
     first, last = records[0], records[3]
     right = -first["chosen_logprob"] if isinstance(method, RPO) else 0.0
     assert first["dpo_loss"] == pytest.approx(np.log(2) + right, abs=1e-5)

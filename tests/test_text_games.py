@@ -3,7 +3,6 @@ person at the terminal.
 """
 
 import asyncio
-import json
 import pickle
 from collections.abc import Sequence
 from fractions import Fraction
@@ -39,6 +38,7 @@ from posttrain.renderers.plain import PlainRenderer
 from posttrain.renderers.turns import decode
 from posttrain.renderers.types import Message
 from posttrain.tracking.command_line import parse
+from posttrain.tracking.metrics_log import read_metrics
 from rl import play
 from rl.frozen_policy import FrozenPolicy, FrozenPolicyError, MessageCompleter
 from rl.message_env import EnvFromMessageEnv, MessageEnv, MessageStep, ParseError
@@ -386,7 +386,7 @@ def test_the_seats_of_a_game_are_played_in_turn(monkeypatch: pytest.MonkeyPatch,
 def test_the_recipe_warm_starts_and_trains_over_several_turns(tmp_path: Path):
     sizes = ["env.batch_size=2", "env.group_size=3", "env.n_batches=2", "env.num_test=10", "warm_start_nll=3"]
     run(str(ROOT / "recipes/guess_number/train.py"), *sizes, "eval_every=2", f"log_path={tmp_path}/run", cwd=tmp_path)
-    first, second, last = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    first, second, last = read_metrics(tmp_path / "run")
     assert max(first["optim/logprob_gap_mean"], second["optim/logprob_gap_mean"]) < 1e-4
     assert {"test/env/all/solved", "test/env/all/turns"} <= first.keys() & last.keys()
     assert "env/all/parse_error" in second

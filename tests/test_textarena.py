@@ -245,7 +245,7 @@ def test_random_openings_are_functions_of_the_game_and_for_training_alone() -> N
     assert set(free_squares(test_set.get_batch(0))) == {9}
 
 
-# Trap: a seat's reward measured against another seat's baseline.
+# Trap: a seat's reward measured against another seat's baseline; openings that are over already.
 def test_several_games_from_one_opening_give_each_seat_its_own_baseline() -> None:
     config = chz.replace(TIC_TAC_TOE, group_size=6, random_opening=9)
     for index in range(2):
@@ -282,7 +282,6 @@ def test_several_games_from_one_opening_give_each_seat_its_own_baseline() -> Non
             SeatMean().check_group_size(too_few)
 
 
-# Trap: openings that are over already.
 def test_a_game_that_lost_one_seat_is_not_scored() -> None:
     async def go() -> None:
         seats = await group_now.make_envs()

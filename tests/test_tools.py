@@ -38,6 +38,7 @@ from rl.tools import MalformedCall, Tool, ToolError, answer_call, check_argument
 from rl.types import MalformedStep, RolloutError, Trajectory
 from supervised.names import DATASETS
 from supervised.train import Config as SupervisedConfig
+from tests.processes import PATIENCE
 from tests.test_message_env import scripted
 from tests.test_message_parts import HERMES_CALL, HERMES_SECOND, WITH_TOOLS
 
@@ -186,7 +187,7 @@ def called(name: str, **arguments: Any) -> ToolCallPart:
 TOOLS = tools_by_name([plan, slow, fails, CALCULATOR])
 
 
-def answer(name: str, timeout: float = 10.0, **arguments: Any) -> str:
+def answer(name: str, timeout: float = PATIENCE, **arguments: Any) -> str:
     return asyncio.run(answer_call(called(name, **arguments), TOOLS, timeout))
 
 
