@@ -220,6 +220,14 @@ def test_padded_rows_fill_the_budget_and_no_more() -> None:
     assert shapes == [(1, 15), (2, 5), (2, 5)]  # a longer row goes alone
 
 
+@pytest.mark.parametrize(("length", "shared"), [(4, False), (12, True)])  # 24 tokens for 28 do not pay; 32 for 44 do
+def test_a_prompt_is_shared_where_it_pays(length: int, shared: bool) -> None:
+    prompt = list(range(2, 2 + length))
+    data_D = [datum_of([*prompt, first, *range(60, 70)], weightless=length - 1) for first in (40, 50)]
+    (batch,) = micro_batches(data_D, range(2), 100, CPU, share=True)
+    assert (batch.ends_BT is not None) == shared
+
+
 def seen_by(batch: MicroBatch, positions: Positions) -> list[tuple[int, int, list[int], int, list[int], float]]:
     """Of each position: datum, place there, the tokens it sees, its position id, targets and temperature."""
     tokens_BT, ends_BT, position_BT = batch.tokens_BT, batch.ends_BT, batch.positions_BT
@@ -256,9 +264,8 @@ def test_every_position_is_there_once_with_its_own_past(share: bool, packed: boo
         assert len({len(batches) for batches in batches_R}) == 1
         found, shared, used_R = [], False, []
         for batches in batches_R:
-            real = [batch for batch in batches if len(batch.loss.datum_N) + len(batch.others.datum_N)]
             used_R.append(0)
-            for batch in real:
+            for batch in batches:  # also those that only keep ranks in step
                 places = [positions.rows_M for positions in (batch.loss, batch.others)]
                 used_R[-1] += len(torch.cat(places).unique())
                 shared |= batch.ends_BT is not None and batch.starts_N is None
