@@ -271,6 +271,7 @@ def test_every_position_is_there_once_with_its_own_past(share: bool, packed: boo
                 shared |= batch.ends_BT is not None and batch.starts_N is None
                 height, width = batch.tokens_BT.shape
                 assert width % 4 == 0 and height * width <= budget + (4 * height if not packed else 4)
+                assert packed or not share or width < most + 4
                 weighted = [data_D[d].loss_fn_inputs["weights"].array[p] for d, p, *_ in seen_by(batch, batch.loss)]
                 assert all(weighted)
                 found += seen_by(batch, batch.loss) + seen_by(batch, batch.others)
