@@ -19,13 +19,13 @@ from torch.nn.attention import flex_attention as torch_flex
 
 from posttrain.backend import attention
 from posttrain.backend.attention import check_setting, dense_mask, kernel_gap, set_packing, tree_mask
-from posttrain.backend.batching import WIDTH_BUCKET, MicroBatch, micro_batches
+from posttrain.backend.batching import WIDTH_BUCKET, MicroBatch, Positions, micro_batches
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError, ModelError
 from posttrain.backend.memory_plan import planned
 from posttrain.backend.model_checks import MOST_KERNEL_GAP, pack_rows
 from posttrain.backend.trainer import Trainer
-from posttrain.backend.types import Datum
+from posttrain.backend.types import Datum, ModelInput
 from tests.architectures import WINDOW, save_random_model
 from tests.conftest import gradients, random_tokens, rounded
 from tests.test_architectures import datum_of, mixed_data
@@ -218,6 +218,75 @@ def test_padded_rows_fill_the_budget_and_no_more() -> None:
     data_D = [datum_of(random_tokens(np.random.default_rng(n), length)) for n, length in enumerate((6, 6, 6, 5, 16))]
     shapes = [tuple(batch.tokens_BT.shape) for batch in micro_batches(data_D, range(5), 10, CPU, share=False)]
     assert shapes == [(1, 15), (2, 5), (2, 5)]  # a longer row goes alone
+
+
+@pytest.mark.parametrize(("length", "shared"), [(4, False), (12, True)])  # 24 tokens for 28 do not pay; 32 for 44 do
+def test_a_prompt_is_shared_where_it_pays(length: int, shared: bool) -> None:
+    prompt = list(range(2, 2 + length))
+    data_D = [datum_of([*prompt, first, *range(60, 70)], weightless=length - 1) for first in (40, 50)]
+    (batch,) = micro_batches(data_D, range(2), 100, CPU, share=True)
+    assert (batch.ends_BT is not None) == shared
+
+
+def seen_by(batch: MicroBatch, positions: Positions) -> list[tuple[int, int, list[int], int, list[int], float]]:
+    """Of each position: datum, place there, the tokens it sees, its position id, targets and temperature."""
+    tokens_BT, ends_BT, position_BT = batch.tokens_BT, batch.ends_BT, batch.positions_BT
+    width, found = tokens_BT.shape[1], []
+    for n, (d, place) in enumerate(zip(positions.datum_N.tolist(), positions.position_N.tolist(), strict=True)):
+        m = n if positions.computed_N is None else int(positions.computed_N[n])
+        b, t = divmod(int(positions.rows_M[m]), width)
+        past = [c for c in range(t + 1) if ends_BT is None or ends_BT[b, c] > t]
+        number = t if position_BT is None else int(position_BT[b, t])
+        temperature = 1.0 if positions.temperature_M is None else float(positions.temperature_M[m])
+        found.append((d, place, tokens_BT[b, past].tolist(), number, positions.targets_MK[m].tolist(), temperature))
+    return found
+
+
+# Trap: a position that sees another sequence, or stands twice, or on no rank; shown for any data, not for a model's.
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("share", [False, True])
+def test_every_position_is_there_once_with_its_own_past(share: bool, packed: bool) -> None:
+    for seed in range(12):
+        rng, budget, ranks, most = np.random.default_rng(seed), 60, 1 + seed % 3, 40
+        prompts = [rng.integers(0, 3, 9).tolist(), rng.integers(0, 3, 6).tolist()]
+        data_D: list[Datum] = []
+        for member in range(14):
+            answer = rng.integers(0, 2, int(rng.integers(1, 9))).tolist()
+            tokens = [*prompts[member % 5 == 0], *answer]
+            mask_T = (np.arange(len(tokens)) >= len(tokens) - len(answer) - 1).astype(np.float32)
+            inputs: dict[str, Any] = {"target_tokens": rng.integers(0, 2, len(tokens)), "weights": mask_T}
+            if seed % 2 and member > 6:
+                inputs["temperature"] = rng.choice([0.5, 2.0], len(tokens)).astype(np.float32)
+            data_D.append(Datum(ModelInput.from_ints(tokens), inputs))
+        chosen = [d for d in range(14) if d != 5]
+        options: dict[str, Any] = {"share": share, "packed": packed, "ranks": ranks, "row_tokens": most, "bucket": 4}
+        batches_R = [micro_batches(data_D, chosen, budget, CPU, rank=rank, **options) for rank in range(ranks)]
+        assert len({len(batches) for batches in batches_R}) == 1
+        found, shared, used_R = [], False, []
+        for batches in batches_R:
+            used_R.append(0)
+            for batch in batches:  # also those that only keep ranks in step
+                places = [positions.rows_M for positions in (batch.loss, batch.others)]
+                used_R[-1] += len(torch.cat(places).unique())
+                shared |= batch.ends_BT is not None and batch.starts_N is None
+                height, width = batch.tokens_BT.shape
+                assert width % 4 == 0 and height * width <= budget + (4 * height if not packed else 4)
+                assert packed or not share or width < most + 4
+                weighted = [data_D[d].loss_fn_inputs["weights"].array[p] for d, p, *_ in seen_by(batch, batch.loss)]
+                assert all(weighted)
+                found += seen_by(batch, batch.loss) + seen_by(batch, batch.others)
+        expected = []
+        for d in chosen:
+            tokens, inputs = data_D[d].model_input.to_ints(), data_D[d].loss_fn_inputs
+            temperature_T = inputs["temperature"].array if "temperature" in inputs else np.ones(len(tokens))
+            for p, target in enumerate(inputs["target_tokens"].array.tolist()):
+                expected.append((d, p, tokens[: p + 1], p, [target], float(temperature_T[p])))
+        assert sorted(found) == sorted(expected) and shared == share
+        assert max(used_R) - min(used_R) <= most  # no rank has a row more than another
+        if share:
+            (whole,) = micro_batches(data_D, chosen, 10_000, CPU, share=True, packed=packed, row_tokens=10_000)
+            nodes = {(d % 5 == 0, *seen) for d, _, seen, *_ in expected}  # of the prefix tree of each prompt
+            assert len(torch.cat([whole.loss.rows_M, whole.others.rows_M]).unique()) == len(nodes)
 
 
 def test_a_micro_batch_is_made_when_its_turn_comes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -207,6 +207,7 @@ def test_selection_by_hand():
     assert [one.text for one in select(everything, ["q", "p"], 0, target_size=9, quota=1)["q"]] == [
         "a1"
     ]  # duplicates eat no place
+    assert [len(kept) for kept in select(everything, ["q", "p"], 0, target_size=2).values()] == [1, 1]
     # not so many: all
     assert sum(map(len, select(everything, ["q", "p"], 0, target_size=99).values())) == 5
     assert [shortfall(chosen.values(), wanted) for wanted in (2, 3, 10)] == [0, 0, 7]
@@ -225,7 +226,8 @@ def test_cut_off_and_unreadable_candidates_are_not_selected():
 def test_of_equal_texts_the_best_reward_counts_and_then_the_first_sample():
     for order in permutations([candidate("q", n, "a", reward) for n, reward in enumerate((0.5, 0.9, 0.9))]):
         assert select(order, ["q"], 0, 1) == {"q": [Selected("q", 1, 0.9, True, "a")]}
-        assert select(order, ["q"], 0, 1, human={"q": "a"}) == {"q": [Selected("q", None, 1.0, True, "a")]}
+        more = [*order, candidate("q", 3, "a", 1.2)]  # a text that a human wrote stays his
+        assert select(more, ["q"], 0, 1, human={"q": "a"}) == {"q": [Selected("q", None, 1.0, True, "a")]}
 
 
 def test_human_solutions_compete_and_are_not_counted():
@@ -276,6 +278,9 @@ def test_what_is_watched_by_hand():
     )  # the one of p's that the model likes least: not in its first two
     fewer = metrics.sample_metrics([*q[:2], replace(q[2], answer=None), q[3], *p[:2], last, p[3]], ["p", "q"], FORM)
     assert fewer["reward@4-2"] == fewer["pass@4-2"] == 0.5 and fewer["distinct_right"] == 1.5
+    above = replace(p[2], correct=False, reward=2.0)  # now the one that it likes best
+    alone = metrics.sample_metrics([*p[:2], above, p[3]], ["p"], FORM)
+    assert (alone["pass@4-2"], alone["reward@4-2"]) == (1.0, 0.0)
     assert fewer["auc"] == 11 / 16  # -1/8, 1/2, 1/2, 1/8 against 1/8, 1/8, 1/8, -1/8
     assert fewer["unparsable"] == fewer["truncated"] == 1 / 8
     assert {name for name in fewer if "@" in name} == {
@@ -291,6 +296,13 @@ def test_what_is_watched_by_hand():
         metrics.sample_metrics([*p, *q[:3]], ["p", "q"], FORM)
     with pytest.raises(DataError, match="of an unknown query"):
         metrics.sample_metrics([*p, *q], ["p"], FORM)
+
+
+def test_what_was_selected_by_hand():
+    a, b, c = (Selected(query, n, 1.0, n != 1, "text") for n, query in enumerate("ppq"))
+    found = metrics.selection_metrics([[a, b], [c], []])
+    assert [*found.values()] == pytest.approx([3, 2 / 3, 2, 2 / 3])  # solutions, queries, the most of one, right
+    assert metrics.selection_metrics([[]])["selected_accuracy"] == 0.0
 
 
 def test_scores_are_read_with_their_candidates_or_refused(tmp_path):
@@ -312,6 +324,7 @@ def test_every_method_gets_the_same_number_of_samples():
     assert (given["bstar"].sweep, given["bstar"].samples_per_query) == (1600, 16)
     assert (given["online_rft"].sweep, given["online_rft"].samples_per_query) == (0, 32)
     assert (given["threshold_only"].sweep, given["threshold_only"].samples_per_query) == (320, 28)
+    assert (given["temperature_only"].sweep, given["temperature_only"].samples_per_query) == (1600, 16)
     assert given["star"].samples_per_query == 1
     assert all(3100 < one.sweep + one.train <= 3200 for name, one in given.items() if name != "star")
     charged = plan(METHODS["bstar"], **{**sizes, "temperatures": 3}, sweep_cost="charged")

@@ -5,6 +5,7 @@ step, and the recipe from end to end.
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +22,14 @@ from posttrain.backend.errors import ConfigError, DataError
 from posttrain.backend.futures import InOrder
 from posttrain.backend.loss_terms import LossTerm
 from posttrain.backend.service_client import ServiceClient
-from posttrain.backend.tokenizers import character_tokenizer
+from posttrain.backend.tokenizers import character_tokenizer, load_tokenizer
 from posttrain.backend.training_client import TrainingClient
 from posttrain.backend.types import AdamParams, Datum, ForwardBackwardOutput, ModelInput, OptimStepResponse, TensorData
 from posttrain.renderers.plain import PlainRenderer
 from posttrain.renderers.turns import decode
 from posttrain.tracking.metrics_log import read_metrics
 from posttrain.tracking.run_folder import open_run_folder
-from recipes.latro import env, train
+from recipes.latro import env, evaluation, train
 from recipes.latro.env import LatentRationales, RationaleGroup, answer_tokens, prompt_tokens
 from recipes.latro.evaluation import Best, best_so_far
 from recipes.latro.examples import example
@@ -431,6 +432,43 @@ def test_the_best_checkpoint_is_read_from_the_folder(tmp_path: Path):
     assert best_so_far(folder.path) == Best(4, folder.path / "checkpoints" / "000004", 0.4)
 
 
+def test_the_diagnostic_is_the_mean_of_answers_by_hand(torch_service: ServiceClient):
+    config = train.prepared(train.Config(dataset=ToyBuilder(num_tasks=99, num_validation=9), response_length=4))
+    tasks = config.dataset.split()[1][:2]
+    found = asyncio.run(train.evaluation(config).diagnose(None, [*tasks, replace(tasks[0], answer="=?", solution="")]))
+    model, renderer = (
+        trainer_of(torch_service.create_training_client("tiny")).base,
+        PlainRenderer(load_tokenizer("tiny")),
+    )
+    means = []
+    for thoughts in (["", ""], [task.solution or "" for task in tasks]):
+        sums = []
+        for task, thought in zip(tasks, thoughts, strict=True):
+            context = [*prompt_tokens(renderer, task), *renderer.tokenizer.encode(thought, add_special_tokens=False)]
+            tokens = [*context, *answer_tokens(renderer, task.answer)]
+            rows = full_logits(model, tokens).detach().log_softmax(-1)
+            sums.append(sum(float(rows[t - 1, tokens[t]]) for t in range(len(context), len(tokens))))
+        means.append(np.mean(sums))
+    by_hand = {"without_rationale": means[0], "with_gold_rationale": means[1], "difference": means[1] - means[0]}
+    assert found == pytest.approx(by_hand, abs=rounded(1e-4)) and abs(found["difference"]) > 1e-3
+
+
+def test_the_best_of_several_checkpoints_is_the_latest_of_the_highest(monkeypatch: pytest.MonkeyPatch):
+    values = iter([0.1, 0.4, 0.4, 0.3])
+
+    class Scripted:
+        def __init__(self, *args: Any, **options: Any):
+            pass
+
+        async def __call__(self, sampler: Any) -> Metrics:
+            return {"test/env/all/correct": next(values)}
+
+    monkeypatch.setattr(evaluation, "RLTestSetEvaluator", Scripted)
+    config = train.prepared(train.Config(dataset=ToyBuilder(num_tasks=99, num_validation=9), response_length=4))
+    several = {6: None, 0: None, 4: None, 2: None}
+    assert asyncio.run(train.evaluation(config).best_of(several, config.dataset.split()[1])) == Best(4, None, 0.4)
+
+
 def test_toy_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """The likelihood of held-out answers rises; the baseline and the diagnostic run from the same
     warm start.
@@ -454,7 +492,9 @@ def test_toy_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert len(rises) == 12 and np.mean(rises[-3:]) > np.mean(rises[:3]) + 0.2
     assert abs(steps[0]["kl_policy_base"]) < rounded(1e-4)  # it began at the reference
     asyncio.run(train.main(chz.replace(small, method="sft", max_updates=2)))
-    assert (tmp_path / "sft" / "summary.json").exists()
+    of_sft = json.loads((tmp_path / "sft" / "summary.json").read_text())
+    for weights in (summary, of_sft):  # on the held-out questions
+        assert weights["last"]["likelihood/answer_logprob"] > weights["before"]["likelihood/answer_logprob"] + 0.1
     asyncio.run(train.main(chz.replace(small, method="verifier", max_updates=2)))
     verified = read_metrics(tmp_path / "verifier")[0]
     assert 0 < verified["env/all/correct"] == verified["env/all/reward/total"] < 1

@@ -29,7 +29,7 @@ from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import CookbookError, ModelError
 from posttrain.backend.fake_models import cached_bytes, saved_bytes
 from posttrain.backend.memory import GIB, kv_cache_bytes, sequence_bytes
-from posttrain.backend.memory_plan import PROCESS_BYTES, PlannedRun, check_fits, free_bytes, planned
+from posttrain.backend.memory_plan import PROCESS_BYTES, VLLM_BYTES, PlannedRun, check_fits, free_bytes, planned
 from posttrain.backend.models import PRESETS, new_model
 from posttrain.backend.types import LoraConfig
 from posttrain.tracking.command_line import parse
@@ -58,8 +58,40 @@ def test_the_parts_by_hand() -> None:
     sums = (896 + 896) + 2 * (896 + 128) + (896 + 896) + 3 * (896 + 4864)
     assert adapted.size.trainable == 24 * 8 * sums
     shared = adapted.changed(lora="shared").plan  # the sampler's weights are there while it opens
-    assert sum(adapted.plan.always.values()) - sum(shared.always.values()) == 4 * (adapted.size.parameters)
-    assert shared.sampling["sampler weights, fp32, as it opens"] == 4 * adapted.size.parameters
+    assert sum(adapted.plan.always.values()) - sum(shared.always.values()) == 4 * weights
+    assert shared.sampling["sampler weights, fp32, as it opens"] == 4 * weights
+
+
+def test_what_each_setting_keeps_by_hand() -> None:
+    """In bytes per weight of the model, and per weight of an adapter."""
+    weights, head, small = 494_032_768, 151_936 * 896, 24 * 12 * (4 * 896 + 2 * (896 + 128) + 3 * (896 + 4864))
+
+    def held(lora: LoraConfig | None = None, device: str = "cuda", **settings: Any) -> list[float]:
+        shards = settings.pop("shards", 1)
+        config = BackendConfig(engine="torch", max_length=512, **{"dtype": "bfloat16"} | settings)
+        run = PlannedRun(PRESETS[HALF_B], config, lora, torch.device(device), 512, reference=True, shards=shards)
+        return [size / (small if lora else weights) for name, size in run._always().items() if name != "process"]
+
+    assert held() == [2, 4, 4, 8, 2]  # weights, gradients, fp32 copies, moments, reference
+    assert held(shards=4) == [0.5, 1, 1, 2, 0.5]
+    assert held(master_weights=False) == [2, 2, 8, 2]
+    assert held(moments="8bit") == [2, 4, 4, 2, 2]
+    assert held(offload_optimizer=True) == [2, 4, 2] and held(device="cpu", offload_optimizer=True) == held()
+    adapter = LoraConfig(rank=12)
+    base = 2 * weights / small  # then the adapter, its gradients and moments; the reference may have one of its own
+    assert held(adapter) == pytest.approx([base, 4, 4, 8, base + 2])
+    config = BackendConfig(engine="vllm", max_length=512, lora="unmerged", dtype="float32")
+    run = PlannedRun(PRESETS[HALF_B], config, adapter, CPU, 512, samples=True)
+    parts = {name: size for name, size in run._one_engine().items() if name != "KV cache"}
+    # an adapter of rank 12 as it was read, and in a place for one of rank 16
+    by_hand = [4 * weights, 4 * small * (1 + 16 / 12), 4 * (0.65 * (weights - head) + 4.8 * head)]
+    assert [*parts.values()] == pytest.approx(by_hand)
+    assert run._sampling()["adapters of 1024 tokens"] == 4 * 1024 * 16 * 4864
+    assert run._always()["process"] == PROCESS_BYTES["cpu"] + VLLM_BYTES["cpu"]
+    assert run.changed(sampler_replicas=3)._always()["process"] == 4 * PROCESS_BYTES["cpu"] + 3 * VLLM_BYTES["cpu"]
+    two = half_b(sampler_replicas=2, max_num_seqs=3)
+    assert two._sampling()["logits of 6 sequences"] == 6 * 151_936 * 28
+    assert two._sampling()["KV cache"] == 2 * 3 * 512 * 24 * 2 * 2 * 64 * 4
 
 
 def test_a_step_that_rounds_counts_for_the_largest_weight() -> None:

@@ -89,6 +89,11 @@ class PlannedRun:
         return model_size(self.hf_config, self.lora)
 
     @property
+    def base(self) -> int:
+        """Weights without the adapter's: a sampler has these merged into the others, or beside them."""
+        return self.size.parameters - (self.size.trainable if self.lora else 0)
+
+    @property
     def weights(self) -> torch.dtype:
         return param_dtype(self.device, self.backend)
 
@@ -104,9 +109,8 @@ class PlannedRun:
         device, size, weights = self.device.type, self.size, self.weights
         parts = {"process": PROCESS_BYTES[device] + self._engine_processes()}
         lean = self.backend.moments == "8bit"
-        frozen = size.parameters - size.trainable if self.lora else 0
         trained, copied = (weights, self.masters) if not self.lora else (torch.float32, False)
-        parts[f"weights, {_name(weights)}"] = weights.itemsize * (frozen or size.parameters)
+        parts[f"weights, {_name(weights)}"] = weights.itemsize * self.base
         if self.lora:
             parts["adapter, fp32"] = 4 * size.trainable
         parts["gradients"] = (4 if copied else trained.itemsize) * size.trainable
@@ -136,7 +140,7 @@ class PlannedRun:
 
     def _one_engine(self) -> dict[str, int]:
         device, size, compute = self.device.type, self.size, self.compute
-        parts = {} if self._borrows else {f"sampler weights, {_name(compute)}": compute.itemsize * size.parameters}
+        parts = {} if self._borrows else {f"sampler weights, {_name(compute)}": compute.itemsize * self.base}
         if not samples_with_vllm(self.backend):
             return parts
         if self.lora and self.lora_room:
@@ -145,7 +149,7 @@ class PlannedRun:
             parts[f"sampler's adapter, {_name(compute)}"] = int(compute.itemsize * size.trainable * copies)
         if device == "cpu":
             head = size.vocabulary * size.hidden
-            packed = PACKED_LAYERS * (size.parameters - head) + PACKED_HEADS * head
+            packed = PACKED_LAYERS * (self.base - head) + PACKED_HEADS * head
             parts["vLLM's packed copies"] = int(compute.itemsize * packed)
         return parts | {"KV cache": kv_cache_bytes(self.hf_config, self.max_length, self.backend, self.device)}
 
@@ -226,7 +230,7 @@ class PlannedRun:
         if not samples_with_vllm(self.backend):
             if self._borrows:
                 name = f"sampler weights, {_name(self.compute)}, as it opens"
-                parts[name] = self.compute.itemsize * self.size.parameters
+                parts[name] = self.compute.itemsize * self.base
             parts |= {name: self.engines * size for name, size in self._batch().items()}
         if self.lora_room and self.device.type == "cpu":
             tokens = tokens_of_a_step(self.max_length, self.backend)
