@@ -22,7 +22,8 @@ from posttrain.backend.placement import check_placement
 from posttrain.backend.random_state import OwnTorchGenerators, drawn_from, seed_of
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.vllm_engine import NO_SPLIT_SUMS, VllmEngine, _model_folder, _set_environment
+from posttrain.backend.vllm_engine import VllmEngine
+from posttrain.backend.vllm_process import NO_SPLIT_SUMS, model_folder, set_environment
 from posttrain.backend.vllm_settings import engine_args, samples_with_vllm
 from posttrain.preflight import STEP_SHARE
 
@@ -158,12 +159,12 @@ def test_equal_models_have_one_folder_for_vllms_compiled_code(monkeypatch: pytes
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     names = []
     for model in ("tiny", "tiny", "micro"):
-        with _model_folder(model_config(model), load_tokenizer(model), keep=True) as folder:
+        with model_folder(model_config(model), load_tokenizer(model), keep=True) as folder:
             assert (Path(folder) / "config.json").exists()
             names.append(folder)
     assert names[0] == names[1] != names[2] and str(tmp_path) in names[0]
     assert len(list((tmp_path / "posttrain" / "engines").iterdir())) == 2
-    with _model_folder(model_config("tiny"), load_tokenizer("tiny"), keep=False) as folder:
+    with model_folder(model_config("tiny"), load_tokenizer("tiny"), keep=False) as folder:
         assert str(tmp_path) not in folder
     assert not Path(folder).exists()
     rename = os.rename
@@ -173,7 +174,7 @@ def test_equal_models_have_one_folder_for_vllms_compiled_code(monkeypatch: pytes
         rename(source, target)
 
     monkeypatch.setattr(os, "rename", second)
-    with _model_folder(model_config("small"), load_tokenizer("small"), keep=True) as folder:
+    with model_folder(model_config("small"), load_tokenizer("small"), keep=True) as folder:
         assert (Path(folder) / "config.json").exists()
     assert len(list((tmp_path / "posttrain" / "engines").iterdir())) == 3, "what comes second leaves nothing"
 
@@ -205,19 +206,19 @@ def test_reproducible_sampling_needs_batch_invariant_kernels(monkeypatch: pytest
     monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
     monkeypatch.delitem(sys.modules, "vllm.v1.engine.llm_engine", raising=False)
     on_a_gpu(monkeypatch, (9, 0))
-    _set_environment(cuda, reproducible=False)
+    set_environment(cuda, reproducible=False)
     assert "VLLM_BATCH_INVARIANT" not in os.environ
     monkeypatch.setitem(sys.modules, "vllm.v1.engine.llm_engine", sys)
     with pytest.raises(ConfigError, match="has loaded vLLM without it"):
-        _set_environment(cuda, reproducible=True)
+        set_environment(cuda, reproducible=True)
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "0")
     with pytest.raises(ConfigError, match="the environment sets it to '0'"):
-        _set_environment(cuda, reproducible=True)
+        set_environment(cuda, reproducible=True)
     for variable in NO_SPLIT_SUMS:
         monkeypatch.setenv(variable, "as it was")
     monkeypatch.setenv("VLLM_BATCH_INVARIANT", "1")
-    _set_environment(cuda, reproducible=True)
+    set_environment(cuda, reproducible=True)
     assert {variable: os.environ[variable] for variable in NO_SPLIT_SUMS} == NO_SPLIT_SUMS
     on_a_gpu(monkeypatch, (7, 5))
     with pytest.raises(ConfigError, match="compute capability 8.0 or more, not for Tesla T4"):
-        _set_environment(cuda, reproducible=True)
+        set_environment(cuda, reproducible=True)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from posttrain.backend import vllm_engine
+from posttrain.backend import vllm_engine, vllm_process
 from posttrain.backend.config import BackendConfig
 from posttrain.backend.errors import ConfigError
 from posttrain.backend.memory_plan import PlannedRun
@@ -82,7 +82,7 @@ def test_a_closed_engine_gives_back_memory_that_sleeps_unless_another_has_it(
     monkeypatch.setitem(sys.modules, "vllm.device_allocator.cumem", cumem)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: events.append(f"empty, pools: {len(pools)}"))
     allocators, live = list[Any](), set[Any]()
-    monkeypatch.setattr(vllm_engine, "_allocators", allocators)
+    monkeypatch.setattr(vllm_process, "_allocators", allocators)
     monkeypatch.setattr(vllm_engine, "_live_engines", live)
 
     def engine(asleep: bool = False) -> Any:

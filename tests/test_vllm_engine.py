@@ -43,7 +43,7 @@ def seed_all() -> None:
 def unseeded_service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServiceClient]:
     if not vllm_is_installed():
         pytest.skip(NO_VLLM)
-    import numba  # noqa: F401  an environment may have imported it (_let_modules_be_searched)
+    import numba  # noqa: F401  an environment may have imported it (let_modules_be_searched)
 
     config = BackendConfig(engine="vllm", max_num_seqs=64, reproducible=False, sampler_memory_gb=0.2)
     with ServiceClient(config, tmp_path_factory.mktemp("checkpoints")) as service:
@@ -136,14 +136,14 @@ def test_a_sequence_that_vllm_gives_up_is_no_answer(
 ) -> None:
     """Anything but "stop" and "length" is an error of the call, and the others go on."""
     sampler = vllm_client.save_weights_and_get_sampling_client()
-    prompt, whole = prompt_of(5), posttrain.backend.vllm_engine._sampled
+    prompt, whole = prompt_of(5), posttrain.backend.vllm_engine.read_answer
 
-    def gives_up_eights(output: Any, topk_prompt: Any) -> Sampled:
+    def gives_up_eights(request: Any, output: Any, vocabulary: int) -> Sampled:
         if len(output.outputs[0].token_ids) == 8:
             output.outputs[0].finish_reason = "error"
-        return whole(output, topk_prompt)
+        return whole(request, output, vocabulary)
 
-    monkeypatch.setattr(posttrain.backend.vllm_engine, "_sampled", gives_up_eights)
+    monkeypatch.setattr(posttrain.backend.vllm_engine, "read_answer", gives_up_eights)
     futures = [sampler.sample(prompt, 2, SamplingParams(max_tokens=length, stop=[])) for length in (8, 9)]
     with pytest.raises(EngineError, match="finished it with 'error'"):
         futures[0].result()

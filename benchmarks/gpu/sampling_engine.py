@@ -37,7 +37,7 @@ from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.service_client import ServiceClient
 from posttrain.backend.tokenizers import load_tokenizer
 from posttrain.backend.types import ModelInput, SamplingParams
-from posttrain.backend.vllm_engine import _set_environment
+from posttrain.backend.vllm_process import set_environment
 from posttrain.backend.vllm_settings import engine_args
 from posttrain.renderers import get_renderer
 from posttrain.tracking.step_profile import is_kernel
@@ -92,7 +92,7 @@ def llm_args(name: str, hf_config: PretrainedConfig) -> dict[str, Any]:
 
 
 def open_llm(name: str) -> Callable[..., Round]:
-    _set_environment(training_device(), reproducible=False)
+    set_environment(training_device(), reproducible=False)
     from vllm import LLM
     from vllm import SamplingParams as VllmParams
 

@@ -30,7 +30,7 @@ from posttrain.backend.sampler_pool import SamplerPool
 from posttrain.backend.sampling_client import SamplingClient
 from posttrain.backend.spans import Spans
 from posttrain.backend.tokenizers import load_tokenizer
-from posttrain.backend.vllm_engine import set_batch_invariance
+from posttrain.backend.vllm_process import set_batch_invariance
 from posttrain.backend.vllm_settings import check_sleep, lora_room, samples_with_vllm, vllm_is_installed
 from posttrain.backend.weight_copies import SampledModel
 from posttrain.backend.weight_versions import Policy, SnapshotMemory, WeightVersion

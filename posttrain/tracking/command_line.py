@@ -1,14 +1,11 @@
 """The command lines on chz's `key=value` arguments, with short names (`env=arithmetic`), default
 objects that keep their class when a field is set, the nearest names for a misspelt option, and a
-readable --help. The options come from Blueprint._parameters, private in chz 0.4. Left out: options
-from files, chz's references (`a@=b`).
+readable --help. Left out: options from files, chz's references (`a@=b`).
 """
 
 import asyncio
-import os
 import sys
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from fnmatch import fnmatch
+from collections.abc import Callable, Coroutine, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
@@ -16,9 +13,7 @@ from typing import Any, TypeVar, get_args, get_origin
 import chz
 from chz.blueprint import Blueprint, Castable
 from chz.blueprint._entrypoint import EntrypointException
-from chz.blueprint._wildcard import wildcard_key_to_regex
-from chz.factories import MetaFromString
-from chz.tiepin import CastError, type_repr
+from chz.tiepin import CastError
 
 from posttrain.backend.errors import ConfigError, CookbookError, one_line
 from posttrain.backend.ranges import RangeError
@@ -26,13 +21,18 @@ from posttrain.tracking.command_help import help_text, presets_text, type_text
 from posttrain.tracking.how_to_resume import remember_options
 from posttrain.tracking.one_line_errors import one_line_errors
 from posttrain.tracking.open_files import allow_open_files
-from posttrain.tracking.option_hints import class_meant, did_you_mean, option_meant, unknown_name
+from posttrain.tracking.option_classes import (
+    ShortNames,
+    check_chosen,
+    choose_classes,
+    find_modules_here,
+    matches,
+    parameters_of,
+)
+from posttrain.tracking.option_hints import did_you_mean, option_meant
 from posttrain.tracking.stop_request import ctrl_c_at_once
 
 Config = TypeVar("Config")
-# option -> short name -> "module:Class field=value ...". A short name may be a pattern ("*.jsonl"),
-# with {} for the given value.
-ShortNames = Mapping[str, Mapping[str, str]]
 # option -> its value -> the options this value sets, unless they are given ("algorithm=grpo")
 Presets = Mapping[str, Mapping[str, Mapping[str, str]]]
 
@@ -50,17 +50,12 @@ def by_name(target: str) -> Callable[[], Any]:
 
 def load_named(option: str, target: str, what: str) -> Any:
     """What "module:NAME" names, `what`; the module may be in the current folder. ConfigError if there is none."""
-    _find_modules_here()
+    find_modules_here()
     module, _, name = target.partition(":")
     try:
         return getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"{option}={target}: {error}; give module:NAME of {what}") from error
-
-
-def _find_modules_here() -> None:
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())  # for a user's module in the current folder
 
 
 def run_command(
@@ -111,14 +106,18 @@ def parse(
     wants_help = any(argument in ("--help", "-h", "help") for argument in argv)
     given = _key_values([argument for argument in argv if argument not in ("--help", "-h", "help")])
     given = _preset_values(given, presets or {}) | given
-    blueprint = _choose_classes(config_class, given, short_names)
+    settings = choose_classes(config_class, given, short_names)
+    parameters = parameters_of(config_class, settings)
     if wants_help:
-        print(_help(config_class, blueprint, given, short_names) + presets_text(presets or {}))
+        values = settings | {path: Castable(given[key]) for key in given for path in matches(key, parameters)}
+        title = (config_class.__doc__ or config_class.__name__).strip().split("\n")[0]
+        page = help_text(title, parameters, {"": config_class, **values}, short_names)
+        print(page + presets_text(presets or {}))
         sys.exit(0)
-    parameters = _parameters(blueprint)
     for key, value in given.items():
         _check_option(key, value, parameters)
-    _check_chosen(blueprint, parameters)
+    check_chosen(settings, parameters)
+    blueprint = Blueprint(config_class).apply(settings)
     blueprint.apply({key: Castable(value) for key, value in given.items()})
     if missing := blueprint._make_lazy().missing_params:
         raise ConfigError(
@@ -165,171 +164,9 @@ def _preset_values(given: dict[str, str], presets: Presets) -> dict[str, str]:
     return values
 
 
-def _choose_classes(
-    config_class: type[Config], given: dict[str, str], short_names: dict[str, Mapping[str, str]]
-) -> Blueprint[Config]:
-    """A blueprint with the default objects, and with the classes named in `given`, which loses
-    those options; adds their short names. For `env.field=value` alone chz would build the annotated base class: the
-    default's class and fields are set first."""
-    settings = _object_settings(config_class)
-    # the outer class determines the inner options
-    for key in sorted(given, key=lambda key: key.count(".")):
-        parameters = _parameters(Blueprint(config_class).apply(settings))
-        if element := _element(key, parameters):
-            parameters = _parameters(Blueprint(config_class).apply(settings | {key: element}))
-        objects = [path for path in _matches(key, parameters) if _is_object(path, parameters[path].type, short_names)]
-        for path in objects:
-            settings = {name: value for name, value in settings.items() if not name.startswith(f"{path}.")}
-            if given[key] == "None" and type(None) in get_args(parameters[path].type):
-                settings[path] = None
-                continue
-            target, fields = _resolve(path, given[key], names_at(path, short_names))
-            settings[path] = _load_class(path, target, parameters[path])
-            # a class may have short names of its own for its fields
-            of_class: ShortNames = getattr(settings[path], "short_names", {})
-            short_names |= {f"{path}.{name}": names for name, names in of_class.items()}
-            settings |= _object_settings(settings[path], f"{path}.")
-            settings |= {f"{path}.{name}": Castable(value) for name, value in fields.items()}
-        if objects:
-            del given[key]
-    return Blueprint(config_class).apply(settings)
-
-
-def _parameters(blueprint: Blueprint[Any]) -> dict[str, Any]:
-    """Every option of the blueprint with its chosen classes, by dotted path."""
-    return {path: parameter for path, parameter in blueprint._make_lazy().all_params.items() if path}
-
-
-def _help(config_class: type, blueprint: Blueprint[Any], given: Mapping[str, str], short_names: ShortNames) -> str:
-    parameters = _parameters(blueprint)
-    values = dict(blueprint._arg_map._layers[0]._args)
-    values |= {path: Castable(value) for key, value in given.items() for path in _matches(key, parameters)}
-    title = (config_class.__doc__ or config_class.__name__).strip().split("\n")[0]
-    return help_text(title, parameters, {"": config_class, **values}, short_names)
-
-
-def _object_settings(of: Any, prefix: str = "") -> dict[str, Any]:
-    """Blueprint values that rebuild the chz objects among the defaults of a class or an instance."""
-    settings = {}
-    for name, field in (chz.chz_fields(of) if chz.is_chz(of) else {}).items():
-        if not isinstance(of, type):
-            value = getattr(of, field.x_name)
-        elif callable(field._default_factory) and _is_object(name, field.x_type, {}):
-            value = field._default_factory()
-        else:
-            value = field._default
-        if chz.is_chz(value) and not isinstance(value, type):
-            settings |= {prefix + name: type(value)} | _object_settings(value, f"{prefix}{name}.")
-        elif not isinstance(of, type) and value != field._default and value != {}:  # {} takes keys as it is
-            settings[prefix + name] = value
-    return settings
-
-
-def _element(key: str, parameters: Mapping[str, Any]) -> type | None:
-    """The class of a list's objects, for the key of one that is to be made: `evaluators.0`."""
-    parent, _, index = key.rpartition(".")
-    if not index.isdigit() or key in parameters or parent not in parameters:
-        return None
-    return next((kind for kind in get_args(parameters[parent].type) if chz.is_chz(kind)), None)
-
-
-def names_at(path: str, short_names: ShortNames) -> Mapping[str, str]:
-    """Those of `evaluators.*` at `evaluators.0`."""
-    patterns = (p for p in short_names if p.count(".") == path.count(".") and fnmatch(path, p))
-    return short_names.get(path) or short_names.get(next(patterns, ""), {})
-
-
-def _is_object(path: str, kind: Any, short_names: ShortNames) -> bool:
-    named = bool(names_at(path, short_names))
-    return named or any(isinstance(part, type) and chz.is_chz(part) for part in (kind, *get_args(kind)))
-
-
-def _matches(key: str, parameters: Mapping[str, Any]) -> list[str]:
-    """The options that a key sets; `a...b` is any b below a."""
-    pattern = wildcard_key_to_regex(key) if "..." in key and not key.endswith("...") else None
-    return [path for path in parameters if (pattern.fullmatch(path) if pattern else path == key)]
-
-
-def _resolve(path: str, value: str, names: Mapping[str, str]) -> tuple[str, dict[str, str]]:
-    """The "module:Class" of a short name, and the fields the name sets."""
-    ending = value.lower()  # Windows writes .JSONL
-    name = value if value in names else next((name for name in names if "*" in name and fnmatch(ending, name)), None)
-    if name is not None:
-        target, *fields = (part.replace("{}", value) for part in names[name].split())
-        return target, dict(field.split("=", 1) for field in fields)
-    if ":" in value or not names:
-        return value, {}
-    raise ConfigError(unknown_name(path, value, names))
-
-
-def _load_class(path: str, target: str, parameter: Any) -> type:
-    _find_modules_here()
-    try:
-        loaded_class = parameter.meta_factory.from_string(target)
-    except (MetaFromString, ValueError) as error:
-        raise ConfigError(f"{path}={target}: {one_line(error)}{class_meant(target, error)}") from None
-    if not isinstance(loaded_class, type):
-        raise ConfigError(
-            f"{path}={target}: not a class; give module:Class of a subclass of {type_repr(parameter.type)}"
-        )
-    _check_annotations(f"{path}={target}", loaded_class, set())
-    return loaded_class
-
-
-def _check_annotations(option: str, kind: type, seen: set[type]) -> None:
-    """ConfigError for a field whose annotation names what is imported for type checkers alone: chz evaluates it."""
-    seen.add(kind)
-    for name, field in (chz.chz_fields(kind) if chz.is_chz(kind) else {}).items():
-        try:
-            of_field = field.x_type
-        except (NameError, AttributeError, TypeError) as error:
-            raise ConfigError(
-                f"{option}: the annotation of {kind.__name__}.{name} cannot be read ({error}): import what it names "
-                "outside `if TYPE_CHECKING`"
-            ) from error
-        for part in (of_field, *get_args(of_field)):
-            if isinstance(part, type) and part not in seen:
-                _check_annotations(option, part, seen)
-
-
-def _check_chosen(blueprint: Blueprint[Any], parameters: Mapping[str, Any]) -> None:
-    """ConfigError for required objects without a class: chz would build the annotated class, whose
-    methods raise NotImplementedError."""
-    chosen = blueprint._arg_map._layers[0]._args
-    missing = [
-        path
-        for path, parameter in parameters.items()
-        if parameter.default is None and path not in chosen and _is_abstract(parameter.type)
-    ]
-    if missing:
-        wanted = [f"{path}=module:Class ({_known_subclasses(parameters[path].type)})" for path in missing]
-        raise ConfigError(f"{', '.join(missing)}: not given; give {' and '.join(wanted)}")
-
-
-def _is_abstract(kind: Any) -> bool:
-    if not (isinstance(kind, type) and chz.is_chz(kind)):
-        return False
-    codes = (getattr(getattr(kind, name, None), "__code__", None) for name in dir(kind))
-    return any(code is not None and "NotImplementedError" in code.co_names for code in codes)
-
-
-def _known_subclasses(kind: type) -> str:
-    """Imported, concrete subclasses."""
-    names = [f"{child.__module__}:{child.__name__}" for child in _descendants(kind) if not _is_abstract(child)]
-    if not names:
-        return f"a subclass of {kind.__module__}:{kind.__name__}"
-    return f"such as {', '.join(sorted(set(names))[:4])}"
-
-
-def _descendants(kind: type) -> Iterator[type]:
-    for child in kind.__subclasses__():
-        yield child
-        yield from _descendants(child)
-
-
 def _check_option(key: str, value: str, parameters: Mapping[str, Any]) -> None:
     """ConfigError for an unknown option, or a value of the wrong type."""
-    paths = _matches(key, parameters)
+    paths = matches(key, parameters)
     ancestors = [key.rsplit(".", count)[0] for count in range(1, key.count(".") + 1)]
     ancestor = next((path for path in ancestors if path in parameters), None)
     if not paths and (ancestor is None or not _takes_any_key(parameters[ancestor].type)):
