@@ -465,7 +465,7 @@ def test_the_best_of_several_checkpoints_is_the_latest_of_the_highest(monkeypatc
 
     monkeypatch.setattr(evaluation, "RLTestSetEvaluator", Scripted)
     config = train.prepared(train.Config(dataset=ToyBuilder(num_tasks=99, num_validation=9), response_length=4))
-    several = {6: None, 0: None, 4: None, 2: None}
+    several: dict[int, str | Path | None] = {6: None, 0: None, 4: None, 2: None}
     assert asyncio.run(train.evaluation(config).best_of(several, config.dataset.split()[1])) == Best(4, None, 0.4)
 
 

@@ -68,7 +68,8 @@ def test_what_each_setting_keeps_by_hand() -> None:
 
     def held(lora: LoraConfig | None = None, device: str = "cuda", **settings: Any) -> list[float]:
         shards = settings.pop("shards", 1)
-        config = BackendConfig(engine="torch", max_length=512, **{"dtype": "bfloat16"} | settings)
+        chosen: dict[str, Any] = {"dtype": "bfloat16", **settings}
+        config = BackendConfig(engine="torch", max_length=512, **chosen)
         run = PlannedRun(PRESETS[HALF_B], config, lora, torch.device(device), 512, reference=True, shards=shards)
         return [size / (small if lora else weights) for name, size in run._always().items() if name != "process"]
 

@@ -511,4 +511,4 @@ def test_messages_in_the_form_of_the_openai_api_are_translated_or_refused(name):
     ):
         for build in (renderer.build_generation_prompt, renderer.build_supervised_example):
             with pytest.raises(DataError, match=error):
-                build([user("a"), wrong])
+                build([user("a"), wrong])  # type: ignore[list-item]

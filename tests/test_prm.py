@@ -401,7 +401,7 @@ def test_rewards_are_outcome_plus_the_worst_step(trained: Path, plain: Renderer,
 
 def test_step_advantages_are_the_changes_of_the_probability(plain: Renderer) -> None:
     class Scripted(ProcessRewardModel):
-        max_length = 100
+        max_length = 100  # type: ignore[assignment]
 
         async def score(self, responses_D: list[tuple[list[int], list[int]]]) -> list[StepScores]:  # type: ignore[override]
             return [StepScores(np.log(np.array(p) / (1 - np.array(p))), bounds, None) for p, bounds in SCRIPT]

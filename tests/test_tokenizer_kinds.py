@@ -159,7 +159,7 @@ def test_an_answer_continues_its_prompt_as_in_vllm(kind: str) -> None:
     tokenizer = wrapped(KINDS[kind]())
     prompt, tokens = encode_text(tokenizer, "what is that?"), encode(tokenizer, " yes or no")
     stream = DecodeStream(ids=prompt, skip_special_tokens=False)  # what vLLM looks for stops in
-    said = [stream.step(tokenizer._tokenizer, token) or "" for token in tokens]
+    said = [stream.step(tokenizer.backend_tokenizer, token) or "" for token in tokens]
     assert "".join(said) == " yes or no" == continuation(tokenizer, tokens)
     words = TokenText(tokenizer, before_others(tokenizer))
     assert "".join(words.feed([token]) for token in tokens) == " yes or no"

@@ -321,9 +321,8 @@ class _Stop:
 
     def _text(self, tokens: list[int]) -> str:
         """Of tokens after others: some tokenizers drop a space at the beginning of a text."""
-        before = self._before
-        text = self.tokenizer.decode([*before, *tokens], skip_special_tokens=False)
-        return text[len(self.tokenizer.decode(before, skip_special_tokens=False)) :]
+        decode = partial(self.tokenizer.decode, skip_special_tokens=False)
+        return str(decode([*self._before, *tokens]))[len(decode(self._before)) :]
 
     @cached_property
     def _before(self) -> list[int]:
