@@ -137,7 +137,9 @@ class Config:
         default=3e-4, validator=LEARNING_RATE, doc="at the first update, falling to 0; a hub model wants 5e-7 to 1e-5"
     )
     max_grad_norm: float = chz.field(
-        default=1.0, validator=NON_NEGATIVE, doc="clips the gradient of the mean over rationales; 0 = no clipping"
+        default=1.0,
+        validator=NON_NEGATIVE,
+        doc="clips the gradient of the mean over rationales, with method=sft of the sum over examples; 0 = no clipping",
     )
     num_evaluations: int = chz.field(
         default=10, validator=COUNT, doc="greedy evaluations on the validation split, with a checkpoint each"
