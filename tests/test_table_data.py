@@ -67,7 +67,10 @@ def test_a_call_in_a_table_has_its_own_arguments(tmp_path: Path) -> None:
         ([USER, ASSISTANT, USER, {"role": "assistant", "content": "6", "trainable": False}], ["5<|im_end|>"]),
         ([USER, ASSISTANT | NULLS, USER | NULLS, ASSISTANT | {"trainable": True}], ["5<|im_end|>", "5<|im_end|>"]),
         ([USER, {"role": "assistant", "content": [{"type": "text", "text": "5"}]}], ["5<|im_end|>"]),
-        ([USER, {"role": "assistant", "content": [{"type": "image_url", "image_url": "a"}]}], "a piece of the type 'image_url'"),
+        (
+            [USER, {"role": "assistant", "content": [{"type": "image_url", "image_url": "a"}]}],
+            "a piece of the type 'image_url'",
+        ),
         ([ASSISTANT, USER, ASSISTANT], "the chat template needs a message before the assistant's"),
         ([USER, {"role": "assistant", "content": None}], "needs a 'role' and a 'content' of text"),
     ],
