@@ -321,12 +321,17 @@ class _Stop:
 
     def _text(self, tokens: list[int]) -> str:
         """Of tokens after others: some tokenizers drop a space at the beginning of a text."""
-        decode = partial(self.tokenizer.decode, skip_special_tokens=False)
-        return str(decode([*self._before, *tokens]))[len(decode(self._before)) :]
+        before, length = self._before
+        return self._decoded([*before, *tokens])[length:]
 
     @cached_property
-    def _before(self) -> list[int]:
-        return self.tokenizer.encode(".", add_special_tokens=False)
+    def _before(self) -> tuple[list[int], int]:
+        """Tokens to decode before others, and the length of their text."""
+        tokens = self.tokenizer.encode(".", add_special_tokens=False)
+        return tokens, len(self._decoded(tokens))
+
+    def _decoded(self, tokens: list[int]) -> str:
+        return str(self.tokenizer.decode(tokens, skip_special_tokens=False))
 
     def _is_byte(self, token: int) -> bool:
         """Whether SentencePiece has a token for a byte, and not for text."""

@@ -60,7 +60,7 @@ MOST_GRAPHS = 64  # of one function that is compiled; torch's own 8 are fewer th
 
 class Trainer:
     """Ranks (ShardedTrainer) override _load, _check_fits, _trainable_weights, _check_head, _part, _hidden, _head,
-    _logprobs, _flat_logprobs, _lose, _join, _grad_norm and _clip; scalar models (ScalarTrainer) _check_adapter,
+    _logprobs, _flat_logprobs, _lose, _join and _grad_norm; scalar models (ScalarTrainer) _check_adapter,
     _trainable_weights, _check_head and _logprobs. Both override attributes below, and public methods."""
 
     output_name = "logprobs"  # output of `run` per token
